@@ -1,0 +1,46 @@
+"""A hash map from row to a 64-bit place: open addressing, linear probing, no deletion.
+
+Plain arrays: key_C (-1 = empty) and place_C, capacity C a power of two, at most 3/4 full.
+"""
+
+import numba as nb
+import numpy as np
+
+from bigembed.kernels.hashing import GOLDEN, mix64
+
+
+@nb.njit(nogil=True, cache=True, inline="always")
+def _home(row, mask):
+    return np.int64(mix64(np.uint64(row) * GOLDEN) & np.uint64(mask))
+
+
+@nb.njit(nogil=True, cache=True)
+def map_find(start, stop, rows_M, key_C, place_C, out_M):
+    """out_M[m] = the place of rows_M[m], or -1."""
+    mask = key_C.shape[0] - 1
+    for m in range(start, stop):
+        row = rows_M[m]
+        at = _home(row, mask)
+        while key_C[at] != row and key_C[at] != -1:
+            at = (at + 1) & mask
+        out_M[m] = place_C[at] if key_C[at] == row else -1
+
+
+@nb.njit(nogil=True, cache=True)
+def map_put(rows_M, places_M, key_C, place_C, old_M):
+    """Set the place of each row, later entries winning; old_M gets the place before, or -1. Returns rows added."""
+    mask = key_C.shape[0] - 1
+    added = 0
+    for m in range(rows_M.shape[0]):
+        row = rows_M[m]
+        at = _home(row, mask)
+        while key_C[at] != row and key_C[at] != -1:
+            at = (at + 1) & mask
+        if key_C[at] == row:
+            old_M[m] = place_C[at]
+        else:
+            old_M[m] = -1
+            key_C[at] = row
+            added += 1
+        place_C[at] = places_M[m]
+    return added

@@ -1,0 +1,56 @@
+"""Copy rows between the slots of a cache and batches. Range kernels: each range writes only its own outputs.
+
+values_SE are the rows in slots, past_PE the rows served past the cache; slot S + p means row p of past_PE.
+"""
+
+import numba as nb
+
+
+@nb.njit(nogil=True, cache=True)
+def gather(start, stop, values_SE, past_PE, slots_U, inverse_N, out_ND):
+    """out_ND[n] = the first D values of the row in slot slots_U[inverse_N[n]]."""
+    slots = values_SE.shape[0]
+    dim = out_ND.shape[1]
+    for n in range(start, stop):
+        slot = slots_U[inverse_N[n]]
+        if slot < slots:
+            for d in range(dim):
+                out_ND[n, d] = values_SE[slot, d]
+        else:
+            for d in range(dim):
+                out_ND[n, d] = past_PE[slot - slots, d]
+
+
+@nb.njit(nogil=True, cache=True)
+def take_rows(start, stop, values_SE, slots_M, out_ME):
+    """out_ME[m] = values_SE[slots_M[m]]; where the slot is ABSENT, out_ME[m] stays as it is."""
+    width = out_ME.shape[1]
+    for m in range(start, stop):
+        slot = slots_M[m]
+        if slot >= 0:
+            for e in range(width):
+                out_ME[m, e] = values_SE[slot, e]
+
+
+@nb.njit(nogil=True, cache=True)
+def put_rows(start, stop, values_SE, slots_M, rows_ME):
+    """values_SE[slots_M[m]] = rows_ME[m], skipping ABSENT; slots are distinct, so each has one writer."""
+    width = rows_ME.shape[1]
+    for m in range(start, stop):
+        slot = slots_M[m]
+        if slot >= 0:
+            for e in range(width):
+                values_SE[slot, e] = rows_ME[m, e]
+
+
+@nb.njit(nogil=True, cache=True)
+def set_flags(start, stop, flags_S, slots_M, value):
+    """flags_S = value at each slot below S, skipping ABSENT; slots are distinct. Returns how many changed."""
+    slots = flags_S.shape[0]
+    changed = 0
+    for m in range(start, stop):
+        slot = slots_M[m]
+        if 0 <= slot < slots and flags_S[slot] != value:
+            flags_S[slot] = value
+            changed += 1
+    return changed

@@ -1,0 +1,129 @@
+"""Base: the Zarr chunks as raw records, read by row and written by the merge."""
+
+import numpy as np
+
+from bigembed.errors import DamagedRow, InvalidArgument
+from bigembed.kernels.records import count_and_sum, first_damaged
+from bigembed.spec import TableSpec
+from bigembed.storage import files
+from bigembed.storage.chunks import ChunkFiles
+from bigembed.storage.readers import ColdReader, MappedReader
+from bigembed.storage.record_io import write_records
+
+MAPPED_BYTES = 256 << 20  # "auto" maps tables up to this size
+SCAN_BYTES = 8 << 20
+
+
+class Base:
+    """Records of the base by row number.
+
+    Args:
+        reader: "cold", "mapped", or "auto" (mapped where the whole base is at most 256 MiB).
+    """
+
+    def __init__(self, table_path: str, spec: TableSpec, reader: str = "auto") -> None:
+        if reader not in ("auto", "cold", "mapped"):
+            raise InvalidArgument(f"reader={reader!r} is unknown; use 'auto', 'cold' or 'mapped'.")
+        self.chunks = ChunkFiles(table_path, spec)
+        self._spec = spec
+        self.is_mapped = reader == "mapped" or (reader == "auto" and spec.num_chunks * spec.chunk_bytes <= MAPPED_BYTES)
+        self._reader = MappedReader(self.chunks, MAPPED_BYTES) if self.is_mapped else ColdReader(self.chunks)
+        self._writing: dict[int, files.File] = {}
+
+    def resize(self, spec: TableSpec) -> None:
+        self._spec = self.chunks.spec = spec
+
+    def read(self, rows_M: np.ndarray, out_MW: np.ndarray) -> None:
+        """The raw records of ascending rows, zeros where nothing was ever written; checks are the caller's."""
+        chunk_M = rows_M // self._spec.chunk_rows
+        offset_M = (rows_M - chunk_M * self._spec.chunk_rows) * self._spec.record_bytes
+        self._reader.read(chunk_M, offset_M, out_MW)
+
+    def read_stretch(self, row: int, count: int) -> np.ndarray:
+        """`count` raw records from `row` on, all of one chunk, in one read: uint32 (count, W)."""
+        chunk = row // self._spec.chunk_rows
+        out = np.zeros((count, self._spec.record_words), np.uint32)
+        if chunk in self.chunks.present:
+            file = self.chunks.for_reading(chunk)
+            offset = (row - chunk * self._spec.chunk_rows) * self._spec.record_bytes
+            got = file.pread_into(out, offset)
+            if got != out.nbytes:
+                raise files.StorageFailed(5, f"{file.path} ends at byte {offset + got}, inside a record")
+        return out
+
+    # -- writing, for the merge -----------------------------------------------------------------------------
+
+    def write(self, rows_M: np.ndarray, records_MW: np.ndarray) -> None:
+        """Overwrite records of ascending rows; durable after `sync_written`."""
+        chunk_M = rows_M // self._spec.chunk_rows
+        for chunk in np.unique(chunk_M).tolist():
+            start, stop = np.searchsorted(chunk_M, [chunk, chunk + 1])
+            offset_M = (rows_M[start:stop] - chunk * self._spec.chunk_rows) * self._spec.record_bytes
+            write_records(self._file(chunk), offset_M, records_MW[start:stop])
+
+    def write_stretch(self, row: int, records_MW: np.ndarray) -> None:
+        """Overwrite records from `row` on, all of one chunk, in one write."""
+        chunk = row // self._spec.chunk_rows
+        self._file(chunk).pwrite(records_MW, (row - chunk * self._spec.chunk_rows) * self._spec.record_bytes)
+
+    def _file(self, chunk: int) -> files.File:
+        """The chunk's descriptor, kept open from its first write to its sync, so that no error is missed."""
+        if chunk not in self._writing:
+            self._writing[chunk] = self.chunks.for_writing(chunk)
+        return self._writing[chunk]
+
+    def sync_written(self, below_row: int | None = None) -> list[int]:
+        """Make written chunks durable, those wholly below a row, or all; returns them."""
+        limit = self._spec.num_chunks if below_row is None else below_row // self._spec.chunk_rows
+        done = sorted(chunk for chunk in self._writing if chunk < limit)
+        for chunk in done:
+            self._writing[chunk].sync()
+            self._writing.pop(chunk).close()
+        return done
+
+    def abandon_writes(self) -> None:
+        """Close what is being written, after a failure: nothing of it counts."""
+        while self._writing:
+            self._writing.popitem()[1].close()
+
+    # -- whole chunks ---------------------------------------------------------------------------------------
+
+    def stretches(self, chunk: int) -> "list[tuple[int, int]]":
+        """(first row, count) of stretches of at most 8 MiB that cover the chunk's rows."""
+        first = chunk * self._spec.chunk_rows
+        last = min(first + self._spec.chunk_rows, self._spec.num_rows)
+        step = max(1, SCAN_BYTES // self._spec.record_bytes)
+        return [(row, min(step, last - row)) for row in range(first, last, step)]
+
+    def count_chunk(self, chunk: int, keys_W: np.ndarray | None = None) -> tuple[int, int]:
+        """(rows written, sum of checks modulo 2**64) of a chunk; with keys every record is checked too.
+
+        Raises:
+            DamagedRow: names the file and the row.
+        """
+        written, total = 0, 0
+        for row, count in self.stretches(chunk):
+            records = self.read_stretch(row, count)
+            if keys_W is not None:
+                self.check(np.arange(row, row + count), records, keys_W)
+            some, part = count_and_sum(records)
+            written, total = written + int(some), (total + int(part)) % (1 << 64)
+        return written, total
+
+    def check(self, rows_M: np.ndarray, records_MW: np.ndarray, keys_W: np.ndarray) -> None:
+        m = int(first_damaged(0, len(rows_M), rows_M, records_MW, keys_W))
+        if m >= 0:
+            raise self.damaged(int(rows_M[m]))
+
+    def damaged(self, row: int) -> DamagedRow:
+        """The error for a record whose check is wrong."""
+        chunk, within = divmod(row, self._spec.chunk_rows)
+        return DamagedRow(
+            f"row {row} is damaged: its record at byte {within * self._spec.record_bytes} of "
+            f"{self.chunks.path(chunk)} fails its check. Restore the file from a backup, or write the row anew."
+        )
+
+    def close(self) -> None:
+        self.abandon_writes()
+        self._reader.close()
+        self.chunks.close()

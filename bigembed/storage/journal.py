@@ -1,0 +1,307 @@
+"""Journal: records appended since the base, and the index that says where the newest of each row is.
+
+Two epochs at most: `active` takes appends; `frozen`, when there is one, is being merged into the base and never
+changes. A row is looked up in active, then frozen; only what neither has is read from the base.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bigembed import threads
+from bigembed.errors import DamagedTable, StorageFailed
+from bigembed.kernels.records import first_damaged
+from bigembed.spec import TableSpec
+from bigembed.storage import files
+from bigembed.storage.record_io import read_records
+from bigembed.storage.row_index import NOWHERE, RowIndex
+from bigembed.storage.segments import (
+    COMMIT,
+    JOURNAL,
+    SegmentReader,
+    SegmentWriter,
+    list_segments,
+    segment_name,
+)
+from bigembed.storage.superblock import Commit
+
+OFFSET_BITS = 40
+_OFFSET_MASK = (1 << OFFSET_BITS) - 1
+
+
+def place_of(sequence: int, offset: int) -> int:
+    return sequence << OFFSET_BITS | offset
+
+
+@dataclass
+class Epoch:
+    """Segments between two merges, and what is in them.
+
+    `superseded` has, of rows written again after the retained commit, the place of their record at that commit.
+    """
+
+    index: RowIndex = field(default_factory=RowIndex)
+    superseded: RowIndex = field(default_factory=RowIndex)
+    sequences: list[int] = field(default_factory=list)
+    disk_bytes: int = 0
+    head: Commit | None = None  # the last commit in it, once it is frozen
+
+
+class Journal:
+    """The journal of one table.
+
+    Args:
+        folder: the table's journal folder.
+        spec: the record layout.
+        base: the commit that the base holds.
+        retained: the last explicit commit known to the superblock.
+        until: recover only commits up to this generation (what a rollback to it needs); None for all.
+
+    Raises:
+        DamagedTable: something before a valid commit record is invalid, or a segment is missing.
+    """
+
+    def __init__(self, folder: str, spec: TableSpec, base: Commit, retained: Commit, until: int | None = None) -> None:
+        self._folder = folder
+        self._spec = spec
+        self._files: dict[int, files.File] = {}
+        self._writer: SegmentWriter | None = None
+        self.active = Epoch()
+        self.frozen: Epoch | None = None
+        self.head = base
+        self.retained = retained
+        self.retained_place = NOWHERE  # end of the retained commit in the journal; NOWHERE: it is in the base
+        self.has_uncommitted = False
+        self.is_poisoned = False  # a sync failed
+        self.stale: list[int] = []  # segments that hold nothing above the base
+        try:
+            self._recover(base, until)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- recovery -------------------------------------------------------------------------------------------
+
+    def _recover(self, base: Commit, until: int | None) -> None:
+        for sequence in list_segments(self._folder):
+            reader = SegmentReader(self._folder, JOURNAL, sequence, self._spec)
+            try:
+                self._recover_segment(reader, base, until)
+            except BaseException:
+                reader.close()
+                raise
+
+    def _recover_segment(self, reader: SegmentReader, base: Commit, until: int | None) -> None:
+        pending, last = [], -1
+        for frame in reader.frames():
+            if frame.commit is None:
+                pending.append(frame)
+                continue
+            last = frame.commit.number
+            if last > base.number and (until is None or last <= until):
+                if reader.generation > self.head.number:
+                    raise DamagedTable(
+                        f"{self._folder}: the segment before {segment_name(reader.sequence)} is missing (it should "
+                        f"end with generation {reader.generation}). Restore the journal from a backup."
+                    )
+                for rows in pending:
+                    assert rows.rows_M is not None
+                    self._check_rows(rows.rows_M, frame.commit, reader.file.path)
+                    self._index(rows.rows_M, place_of(reader.sequence, rows.records_offset))
+                self._note_commit(frame.commit, place_of(reader.sequence, frame.end))
+            pending.clear()
+        beyond = reader.valid_frame_beyond(COMMIT)
+        if beyond >= 0:
+            raise DamagedTable(
+                f"{reader.file.path} is damaged between byte {reader.end} and the commit record at byte {beyond}. "
+                "Restore the journal from a backup."
+            )
+        if last > base.number:
+            self.active.sequences.append(reader.sequence)
+            self.active.disk_bytes += reader.size_bytes
+            self._files[reader.sequence] = reader.file
+        else:
+            self.stale.append(reader.sequence)
+            reader.close()
+
+    def _check_rows(self, rows_M: np.ndarray, commit: Commit, path: str) -> None:
+        if len(rows_M) and not 0 <= rows_M.min() <= rows_M.max() < commit.num_rows:
+            raise DamagedTable(f"{path} names rows outside the table's {commit.num_rows}. Restore it from a backup.")
+
+    def _index(self, rows_M: np.ndarray, first_place: int) -> None:
+        places_M = first_place + np.arange(len(rows_M), dtype=np.int64) * self._spec.record_bytes
+        old_M = self.active.index.put(rows_M, places_M)
+        kept = (old_M != NOWHERE) & (old_M < self.retained_place)
+        if kept.any():
+            self.active.superseded.put(rows_M[kept], old_M[kept])
+
+    def _note_commit(self, commit: Commit, place: int) -> None:
+        self.head = commit
+        self.has_uncommitted = False
+        if commit.explicit:
+            self.retained = commit
+            self.retained_place = place
+            self.active.superseded = RowIndex()
+            if self.frozen is not None:
+                self.frozen.superseded = RowIndex()
+
+    # -- reading --------------------------------------------------------------------------------------------
+
+    def find(self, rows_M: np.ndarray) -> np.ndarray:
+        """int64 places of the newest records, NOWHERE for rows that only the base can have."""
+        places_M = self.active.index.find(rows_M)
+        if self.frozen is not None:
+            rest = np.flatnonzero(places_M == NOWHERE)
+            places_M[rest] = self.frozen.index.find(rows_M[rest])
+        return places_M
+
+    def read(self, places_M: np.ndarray, rows_M: np.ndarray, keys_W: np.ndarray) -> np.ndarray:
+        """The records at these places, checked: uint32 (M, W). Reads in file order.
+
+        Raises:
+            DamagedTable: a record's check is wrong.
+        """
+        order = np.argsort(places_M)
+        sorted_M = places_M[order]
+        sequence_M = sorted_M >> OFFSET_BITS
+        fd_M = np.empty(len(order), np.int64)
+        paths = {}
+        for sequence in np.unique(sequence_M):
+            file = self._files[int(sequence)]
+            fd_M[sequence_M == sequence] = file.fd
+            paths[file.fd] = file.path
+        found_MW = np.empty((len(order), self._spec.record_words), np.uint32)
+        read_records(fd_M, sorted_M & _OFFSET_MASK, found_MW, paths)
+        records_MW = np.empty_like(found_MW)
+        records_MW[order] = found_MW
+        damaged = [m for m in threads.run(first_damaged, len(order), rows_M, records_MW, keys_W) if m >= 0]
+        if damaged:
+            m = damaged[0]
+            path = self._files[int(places_M[m] >> OFFSET_BITS)].path
+            raise DamagedTable(
+                f"{path}: the record of row {rows_M[m]} at byte {places_M[m] & _OFFSET_MASK} is damaged. "
+                "Roll back, or restore the journal from a backup."
+            )
+        return records_MW
+
+    # -- writing --------------------------------------------------------------------------------------------
+
+    def append(self, rows_M: np.ndarray, records_MW: np.ndarray, check_sum: int) -> None:
+        """Append records of distinct rows; not durable before `commit`."""
+        writer = self._open_writer()
+        before = writer.end
+        offset = writer.append_rows(rows_M, records_MW, check_sum)
+        self.has_uncommitted = True
+        self.active.disk_bytes += writer.end - before
+        self._index(rows_M, place_of(writer.sequence, offset))
+
+    def commit(self, commit: Commit) -> None:
+        """Make everything appended durable, then the commit record that makes it count."""
+        writer = self._open_writer()
+        before = writer.end
+        if self.has_uncommitted:
+            self._sync(writer)
+        writer.append_commit(commit)
+        self._sync(writer)
+        self.active.disk_bytes += writer.end - before
+        self._note_commit(commit, place_of(writer.sequence, writer.end))
+
+    def _sync(self, writer: SegmentWriter) -> None:
+        """Sync; a failure poisons: the kernel may have dropped the pages and call the next sync a success."""
+        try:
+            writer.file.sync()
+        except StorageFailed:
+            self.is_poisoned = True
+            raise
+
+    def _open_writer(self) -> SegmentWriter:
+        if self._writer is None:
+            sequence = max(list_segments(self._folder), default=0) + 1
+            self._writer = SegmentWriter(self._folder, JOURNAL, sequence, self.head.number, self._spec)
+            self._files[sequence] = self._writer.file
+            self.active.sequences.append(sequence)
+            self.active.disk_bytes += self._writer.end
+        return self._writer
+
+    # -- merging --------------------------------------------------------------------------------------------
+
+    def freeze(self) -> Epoch:
+        """Close the active epoch, all of it committed, so that it can be merged; appends start a new one."""
+        assert self.frozen is None
+        assert not self.has_uncommitted
+        self.frozen, self.active = self.active, Epoch()
+        self.frozen.head = self.head
+        self._writer = None
+        return self.frozen
+
+    def drop_frozen(self) -> None:
+        """Forget and remove the frozen epoch: the base holds it."""
+        assert self.frozen is not None
+        epoch, self.frozen = self.frozen, None
+        if self.retained_place != NOWHERE and (self.retained_place >> OFFSET_BITS) in epoch.sequences:
+            self.retained_place = NOWHERE
+        self._remove(epoch.sequences)
+
+    def remove_stale(self) -> None:
+        """Remove segments that the base has already taken in."""
+        self._remove(self.stale)
+        self.stale = []
+
+    def _remove(self, sequences: list[int]) -> None:
+        for sequence in sequences:
+            file = self._files.pop(sequence, None)
+            if file is not None:
+                file.close()
+            files.unlink(os.path.join(self._folder, segment_name(sequence)))
+        if sequences:
+            files.sync_directory(self._folder)
+
+    # -- accounts -------------------------------------------------------------------------------------------
+
+    @property
+    def epochs(self) -> list[Epoch]:
+        return [self.active] if self.frozen is None else [self.active, self.frozen]
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(epoch.disk_bytes for epoch in self.epochs)
+
+    @property
+    def index_bytes(self) -> int:
+        return sum(epoch.index.memory_bytes + epoch.superseded.memory_bytes for epoch in self.epochs)
+
+    @property
+    def rows(self) -> int:
+        return sum(len(epoch.index) for epoch in self.epochs)
+
+    def verify(self, keys_W: np.ndarray) -> int:
+        """Check every committed record and every frame's sum; returns the number of records.
+
+        Raises:
+            DamagedTable: naming the file and the place.
+        """
+        checked = 0
+        for sequence in sorted(s for epoch in self.epochs for s in epoch.sequences):
+            reader = SegmentReader(self._folder, JOURNAL, sequence, self._spec)
+            try:
+                for frame in reader.frames():
+                    if frame.rows_M is None or not len(frame.rows_M):
+                        continue
+                    step = self._spec.record_bytes
+                    places_M = place_of(sequence, frame.records_offset) + np.arange(len(frame.rows_M)) * step
+                    records_MW = self.read(places_M, frame.rows_M, keys_W)
+                    if int(records_MW[:, -1].sum(dtype=np.uint64)) != frame.check_sum:
+                        raise DamagedTable(
+                            f"{reader.file.path}: the records of the frame at byte {frame.offset} "
+                            "are not those that were written. Restore the journal from a backup."
+                        )
+                    checked += len(frame.rows_M)
+            finally:
+                reader.close()
+        return checked
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()

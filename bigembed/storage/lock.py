@@ -1,0 +1,63 @@
+"""WriterLock: one process, one Table, may write. The kernel's flock decides; the name inside is for the message."""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import time
+
+from bigembed.errors import TableLocked, UnsupportedPlatform
+from bigembed.storage import files
+
+try:
+    import fcntl
+except ImportError:  # pragma: no cover - not POSIX
+    fcntl = None  # type: ignore[assignment]
+
+
+class WriterLock:
+    """An exclusive flock on `<table>/lock`, held until `release` or the end of the process. Never unlinked.
+
+    Raises:
+        TableLocked: another holder has it; names the holder.
+    """
+
+    def __init__(self, table_path: str) -> None:
+        if fcntl is None:
+            raise UnsupportedPlatform(
+                "Writing a table needs file locks (flock), which this system lacks. Open it with mode='r'."
+            )
+        self._file = files.File(os.path.join(table_path, "lock"), files.WRITE)
+        try:
+            fcntl.flock(self._file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = self._holder()
+            self._file.close()
+            raise TableLocked(
+                f"{table_path} is open for writing by {holder}. Close it there, or open it here with mode='r'."
+            ) from error
+        name = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "program": sys.argv[0],
+            "since": time.time(),
+        }
+        with contextlib.suppress(OSError):  # only advice: a full disk must not stop an open
+            content = json.dumps(name).encode().ljust(512)
+            self._file.pwrite(content[:512], 0)
+
+    def _holder(self) -> str:
+        try:
+            name = json.loads(self._file.pread(512, 0))
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(name["since"]))
+            return f"process {name['pid']} on {name['host']} ({name['program'] or 'python'}, since {since})"
+        except (ValueError, KeyError, TypeError):
+            return "another process"
+
+    def release(self) -> None:
+        """Give the lock up (the parent) by closing every copy of the descriptor this process has."""
+        self._file.close()
+
+    # A forked child calls release too: closing its copy of the descriptor leaves the parent's lock in place, and
+    # without it the lock would outlive a parent that dies.

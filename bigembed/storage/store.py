@@ -1,0 +1,260 @@
+"""RecordStore: rows of one table by number, newest version first: journal, then base, then initial values.
+
+It knows bytes, commits and limits; who may call it, and the cache above, are Table's.
+"""
+
+import os
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from bigembed import threads
+from bigembed.errors import DamagedTable, PoisonedTable, ReadOnlyTable, StorageFailed
+from bigembed.kernels.initial import initial_rows
+from bigembed.kernels.records import check_keys, seal, unseal
+from bigembed.storage import upkeep, zarr_format
+from bigembed.storage.base import Base
+from bigembed.storage.journal import Journal
+from bigembed.storage.merge import Merge
+from bigembed.storage.row_index import NOWHERE
+from bigembed.storage.superblock import Commit, Superblock
+from bigembed.storage.undo import Undo
+
+STAGING_BYTES = 16 << 20
+INDEX_BYTES_PER_ROW = 64  # active index 21 to 43, while frozen another 16 for its sorted copy
+READER_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a table may take beside its base, in bytes: journal on disk, journal index in memory."""
+
+    journal_bytes: int = 1 << 30
+    index_bytes: int = 64 << 20
+
+
+@dataclass
+class Upkeep:
+    """Counters of merges, for `stats`."""
+
+    merges: int = 0
+    merged_rows: int = 0
+    stalls: int = 0
+    stall_seconds: float = 0.0
+    auto_commits: int = 0
+
+
+class RecordStore:
+    """The storage of one table.
+
+    Args:
+        path: the table's folder.
+        is_writer: the caller holds the writer's lock.
+        limits: see Limits.
+        reader: how the base is read, see Base.
+    """
+
+    def __init__(self, path: str, is_writer: bool, limits: Limits, reader: str) -> None:
+        self.path = path
+        self.is_writer = is_writer
+        self.limits = limits
+        self._reader = reader
+        self._staging = np.empty(0, np.uint32)
+        self.counters = Upkeep()
+        self.load()
+
+    # -- opening --------------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Bring everything in memory to the last commit on disk; uncommitted changes are gone."""
+        for _ in range(100):
+            self.spec, self.is_plain, _ = zarr_format.read_metadata(self.path)
+            self.superblock = Superblock.read(self.path)
+            base, retained = self.superblock.base, self.superblock.retained
+            try:
+                self.journal = Journal(self.folder("journal"), self.spec, base, retained)
+            except (FileNotFoundError, DamagedTable):
+                if not self._base_moved(base):
+                    raise
+                continue
+            if self.is_writer or not self._base_moved(base):
+                break
+            self.journal.close()
+        self._begin()
+
+    def _base_moved(self, base: Commit) -> bool:
+        """Another process finished a merge while we looked: segments that we saw may be gone."""
+        return Superblock.read(self.path).base.number != base.number
+
+    def _begin(self) -> None:
+        head = self.journal.head
+        unfinished = head if head.rollback_to is not None and head.number > self.superblock.base.number else None
+        stored_rows = self.spec.num_rows
+        self.spec = replace(
+            self.spec, num_rows=head.num_rows if unfinished is None else max(stored_rows, head.num_rows)
+        )
+        self.keys_W = check_keys(self.spec)
+        self.initial = initial_rows(self.spec)
+        self.merge: Merge | None = None
+        self.base = Base(self.path, self.spec, self._reader)
+        kept = self.journal.retained.number
+        if unfinished is not None and unfinished.rollback_to is not None:
+            kept = unfinished.rollback_to
+        self.undo = Undo(self.folder("undo"), self.spec, kept) if self.is_writer else None
+        self.base.chunks.check_sizes(self.superblock.written_C.tolist())
+        if not self.is_writer:
+            if unfinished is not None:
+                raise DamagedTable(
+                    f"{self.path}: a rollback to generation {unfinished.rollback_to} is under way or was interrupted. "
+                    "Try again when it is done, or open the table once with mode='r+' to finish it."
+                )
+            return
+        self.journal.remove_stale()
+        if unfinished is not None:
+            upkeep.finish_rollback(self, unfinished)
+        assert self.undo is not None
+        self.undo.remove_stale()
+        if self.spec.num_rows != stored_rows:
+            self.write_metadata(self.is_plain)
+
+    def folder(self, name: str) -> str:
+        return os.path.join(self.path, name)
+
+    def set_num_rows(self, num_rows: int) -> None:
+        """Grow or shrink in memory; a commit makes it last."""
+        self.spec = replace(self.spec, num_rows=num_rows)
+        self.base.resize(self.spec)
+
+    def replace_spec(self, **changes: Any) -> None:
+        """Change facts that leave the records' layout as it is; durable at once."""
+        self.spec = replace(self.spec, **changes)
+        self.base.resize(self.spec)
+        self.initial = initial_rows(self.spec)
+        self.write_metadata(self.is_plain)
+
+    def write_metadata(self, plain: bool) -> None:
+        zarr_format.write_metadata(self.path, self.spec, plain)
+        self.is_plain = plain
+
+    # -- reading --------------------------------------------------------------------------------------------
+
+    def fetch(self, rows_M: np.ndarray, out_ME: np.ndarray) -> None:
+        """Write the newest values (weight, then state) of ascending distinct rows into out_ME.
+
+        Raises:
+            DamagedRow, DamagedTable: a record fails its check. A reader first looks again, in case the writer
+            moved it meanwhile.
+        """
+        step = max(1, STAGING_BYTES // self.spec.record_bytes)
+        for start in range(0, len(rows_M), step):
+            self._fetch_slice(rows_M[start : start + step], out_ME[start : start + step])
+
+    def _fetch_slice(self, rows_M: np.ndarray, out_ME: np.ndarray) -> None:
+        for attempt in range(READER_ROUNDS):
+            try:
+                self._fetch_once(rows_M, out_ME)
+            except (DamagedTable, StorageFailed, FileNotFoundError):
+                if self.is_writer or attempt == READER_ROUNDS - 1:
+                    raise
+                self.close()
+                self.load()
+            else:
+                return
+
+    def _fetch_once(self, rows_M: np.ndarray, out_ME: np.ndarray) -> None:
+        records_MW = self._stage(len(rows_M))
+        places_M = self.journal.find(rows_M)
+        here = np.flatnonzero(places_M != NOWHERE)
+        if len(here) == 0:
+            self.base.read(rows_M, records_MW)
+        else:
+            records_MW[here] = self.journal.read(places_M[here], rows_M[here], self.keys_W)
+            rest = np.flatnonzero(places_M == NOWHERE)
+            if len(rest):
+                rest_MW = np.empty((len(rest), records_MW.shape[1]), np.uint32)
+                self.base.read(rows_M[rest], rest_MW)
+                records_MW[rest] = rest_MW
+        args = (rows_M, records_MW, self.keys_W, self.initial, out_ME)
+        for m in threads.run(unseal, len(rows_M), *args, grain=256):
+            if m >= 0:
+                raise self.base.damaged(int(rows_M[m]))
+
+    def _stage(self, count: int) -> np.ndarray:
+        """A buffer for `count` records, used again from call to call."""
+        words = count * self.spec.record_words
+        if len(self._staging) < words:
+            self._staging = np.empty(words, np.uint32)
+        return self._staging[:words].reshape(count, self.spec.record_words)
+
+    @property
+    def staging_bytes(self) -> int:
+        return self._staging.nbytes
+
+    # -- writing --------------------------------------------------------------------------------------------
+
+    def append(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None:
+        """Append changed rows (ascending, distinct) to the journal; they count from the next commit on."""
+        self._check_sound()
+        if self.is_plain:
+            self.write_metadata(plain=False)
+        step = max(1, STAGING_BYTES // self.spec.record_bytes)
+        for start in range(0, len(rows_M), step):
+            rows, values = rows_M[start : start + step], values_ME[start : start + step]
+            records_MW = self._stage(len(rows))
+            sums = threads.run(seal, len(rows), rows, values, self.keys_W, records_MW)
+            self.journal.append(rows, records_MW, sum(map(int, sums)) % (1 << 64))
+
+    def commit(self, note: str, payload: Any, scalars: dict[str, Any], explicit: bool) -> Commit:
+        """Make everything appended durable as one new generation.
+
+        Raises:
+            PoisonedTable afterwards on every call, when a sync failed.
+        """
+        self._check_sound()
+        parent = self.journal.head
+        commit = Commit(
+            parent.number + 1,
+            parent.number,
+            self.spec.num_rows,
+            note,
+            time.time(),
+            explicit,
+            dict(scalars),
+            payload,
+        )
+        self.journal.commit(commit)
+        assert self.undo is not None
+        if explicit:
+            self.undo.start_anew(commit.number)
+        else:
+            self.counters.auto_commits += 1
+        if parent.num_rows != commit.num_rows:
+            self.write_metadata(self.is_plain)
+        return commit
+
+    def _check_sound(self) -> None:
+        if not self.is_writer:
+            raise ReadOnlyTable(f"{self.path} is open with mode='r'. Open it with mode='r+' to write.")
+        if self.journal.is_poisoned:
+            raise PoisonedTable(
+                f"{self.path}: a sync of the journal failed, so what is on disk is unknown. Close the table and open "
+                "it again: it will be at its last whole commit."
+            )
+
+    # -- limits ---------------------------------------------------------------------------------------------
+
+    def epoch_fill(self, dirty_rows: int) -> float:
+        """How full the active epoch would be with `dirty_rows` more, as a fraction of its limits."""
+        epoch = self.journal.active
+        row_bytes = self.spec.record_bytes + 8
+        disk = (epoch.disk_bytes + dirty_rows * row_bytes) / max(1, self.limits.journal_bytes // 2)
+        rows = (len(epoch.index) + dirty_rows) / max(1, self.limits.index_bytes // INDEX_BYTES_PER_ROW)
+        return max(disk, rows)
+
+    def close(self) -> None:
+        self.journal.close()
+        self.base.close()
+        if self.undo is not None:
+            self.undo.close()

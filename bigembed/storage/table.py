@@ -1,0 +1,592 @@
+"""Table: a (V, D) matrix of rows on disk that can be read, written, committed and rolled back. NumPy in and out."""
+
+import json
+import os
+import shutil
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from bigembed.errors import (
+    ForkedTable,
+    InvalidArgument,
+    NotRestorable,
+    ReadOnlyTable,
+    StateMismatch,
+    TableClosed,
+    TableMissing,
+)
+from bigembed.init import InitialValues
+from bigembed.spec import StateColumns, TableSpec
+from bigembed.storage import rewrite, upkeep
+from bigembed.storage.create import create_table
+from bigembed.storage.lock import WriterLock
+from bigembed.storage.rows import checked_rows, last_of_each
+from bigembed.storage.stats import table_stats
+from bigembed.storage.store import Limits, RecordStore
+from bigembed.storage.superblock import Commit
+from bigembed.storage.upkeep import Progress
+from bigembed.storage.verify import VerifyReport, verify_store
+
+DEFAULT_JOURNAL_BYTES = 1 << 30
+DEFAULT_INDEX_BYTES = 64 << 20
+
+
+class CacheLayer(Protocol):
+    """What a table asks of the cache above it, which may hold newer values than the journal."""
+
+    @property
+    def dirty_rows(self) -> int: ...
+    def write_back(self) -> None: ...
+    def overlay(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None: ...
+    def refresh(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None: ...
+    def drop(self) -> None: ...
+    def stats(self) -> dict[str, Any]: ...
+
+
+class Table:
+    """A (V, D) float32 matrix on disk. Make one with `Table.create` or `Table.open`, best in a `with` block.
+
+    Uncommitted changes are seen by this Table and by nobody else; `commit` makes them durable. Methods may be
+    called from several threads. A forked child may read; its writes raise.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> path = tempfile.mkdtemp() + "/t"
+        >>> with Table.create(path, num_rows=1_000_000, dim=4, init="zeros") as table:
+        ...     table.write([5, 7], np.ones((2, 4), np.float32))
+        ...     generation = table.commit("two rows")
+        >>> with Table.open(path, mode="r") as table:
+        ...     table.read([5, 6])
+        array([[1., 1., 1., 1.],
+               [0., 0., 0., 0.]], dtype=float32)
+    """
+
+    def __init__(self, path: str, mode: str, limits: Limits, reader: str, is_temporary: bool = False) -> None:
+        self.path = path
+        self.mode = mode
+        self.is_temporary = is_temporary
+        self._pid = os.getpid()
+        self._mutex = threading.RLock()
+        self._cache: CacheLayer | None = None
+        self._reshaped: weakref.WeakMethod[Any] | None = None
+        self._lock = WriterLock(path) if mode == "r+" else None
+        try:
+            if mode == "r+":
+                rewrite.finish_rewrite(path)
+            self._store = RecordStore(path, mode == "r+", limits, reader)
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()
+            raise
+        self.scalars: dict[str, Any] = dict(self._store.journal.head.scalars)
+        self._uncommitted_rows = 0
+        self._finalizer = weakref.finalize(self, _release, self._store, self._lock, self._pid, is_temporary, path)
+        _open_tables.add(self)
+
+    # -- making and opening ---------------------------------------------------------------------------------
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        num_rows: int,
+        dim: int,
+        *,
+        dtype: str = "float32",
+        state_dim: int = 1,
+        init: InitialValues | str | None = None,
+        seed: int = 0,
+        chunk_rows: int | None = None,
+        padding_idx: int | None = None,
+        overwrite: bool = False,
+        **options: Any,
+    ) -> "Table":
+        """Make a new table and open it for writing: milliseconds and a few kilobytes, whatever its size.
+
+        Args:
+            path: a folder that does not exist yet.
+            num_rows: V. dim: D.
+            dtype: "float32".
+            state_dim: float32 columns kept free in each record for an optimizer (1: row-wise Adagrad).
+            init: what a row holds before it is written: "normal" (default), "uniform", "zeros" or bigembed.init's.
+            seed: decides the initial values together with the row number.
+            chunk_rows: rows of a chunk file, a power of two >= 4096; by default files of 64 to 128 MiB.
+            padding_idx: a row that starts as zeros.
+            overwrite: replace a table (never anything else) that stands at the path.
+            options: as for `open`.
+
+        Raises:
+            TableExists: something stands at the path. InvalidArgument: a size or dtype that cannot be.
+        """
+        where = os.path.abspath(os.fspath(path))
+        facts = {
+            "num_rows": num_rows,
+            "dim": dim,
+            "dtype": dtype,
+            "state_dim": state_dim,
+            "init": init,
+            "seed": seed,
+        }
+        create_table(where, overwrite, chunk_rows=chunk_rows, padding_idx=padding_idx, **facts)
+        return cls.open(where, mode="r+", **options)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        mode: Literal["r", "r+"] = "r+",
+        *,
+        journal_bytes: int = DEFAULT_JOURNAL_BYTES,
+        index_bytes: int = DEFAULT_INDEX_BYTES,
+        reader: Literal["auto", "cold", "mapped"] = "auto",
+        is_temporary: bool = False,
+    ) -> "Table":
+        """Open a table at its last commit.
+
+        Args:
+            path: the table's folder.
+            mode: "r" to read beside a writer, "r+" to be the one writer.
+            journal_bytes: the journal's limit on disk; the table commits (note "auto") and merges to keep it.
+            index_bytes: the limit of the journal's index in memory, kept in the same way.
+            reader: how the base is read; "auto" maps bases up to 256 MiB and reads larger ones with advice.
+            is_temporary: remove the folder when the table is closed.
+
+        Raises:
+            TableMissing, NotATable, NewerFormat: there is no table that this library reads.
+            TableLocked: another writer has it; names the holder. DamagedTable: a file is missing or damaged.
+        """
+        if mode not in ("r", "r+"):
+            raise InvalidArgument(f"mode={mode!r} is unknown; use 'r' to read or 'r+' to write.")
+        if journal_bytes < 1 or index_bytes < 1:
+            raise InvalidArgument(f"journal_bytes={journal_bytes} and index_bytes={index_bytes} must be positive.")
+        where = os.path.abspath(os.fspath(path))
+        if not os.path.lexists(where):
+            raise TableMissing(f"{where} does not exist. Create a table with Table.create(path, num_rows, dim).")
+        if not os.path.exists(os.path.join(where, "superblock")) and not rewrite.is_rewriting(where):
+            from bigembed.storage import zarr_format
+
+            zarr_format.read_metadata(where)  # says what is there instead of a table
+        return cls(where, mode, Limits(journal_bytes, index_bytes), reader, is_temporary)
+
+    # -- facts ----------------------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> TableSpec:
+        """The facts of the table as of now."""
+        return self._store.spec
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(V, D)."""
+        return self.spec.num_rows, self.spec.dim
+
+    @property
+    def generation(self) -> int:
+        """The number of the last commit."""
+        return self._store.journal.head.number
+
+    @property
+    def is_closed(self) -> bool:
+        return not self._finalizer.alive
+
+    @property
+    def may_write(self) -> bool:
+        """Opened for writing, in this process, and not closed."""
+        return self.mode == "r+" and self._pid == os.getpid() and not self.is_closed
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether any row was ever written."""
+        dirty = self._cache.dirty_rows if self._cache is not None else 0
+        return bool(dirty or self._store.journal.rows or self._store.superblock.written_C.any())
+
+    def __repr__(self) -> str:
+        state = "closed" if self.is_closed else f"mode={self.mode!r}, generation={self.generation}"
+        return f"Table({self.path!r}, {self.shape[0]} x {self.shape[1]} {self.spec.dtype}, {state})"
+
+    # -- reading and writing --------------------------------------------------------------------------------
+
+    def read(self, rows: Sequence[int] | np.ndarray, *, with_state: bool = False) -> np.ndarray:
+        """The newest values of rows, in the order given.
+
+        Args:
+            rows: integers 0 <= row < V, any shape, may repeat.
+            with_state: give the K state columns too.
+
+        Returns:
+            float32 (*rows.shape, D), or (*rows.shape, D + K). At most M records are read, M distinct rows.
+
+        Raises:
+            RowOutOfRange: names the row, its position and the valid range. DamagedRow: names file and row.
+        """
+        rows_N = checked_rows(rows, self.spec.num_rows)
+        distinct_M, inverse_N = np.unique(rows_N, return_inverse=True)
+        values_ME = np.empty((len(distinct_M), self.spec.row_width), np.float32)
+        with self._mutex:
+            self._read_newest(distinct_M, values_ME)
+        width = self.spec.row_width if with_state else self.spec.dim
+        return values_ME[inverse_N.reshape(-1), :width].reshape(*np.shape(rows), width)
+
+    def write(self, rows: Sequence[int] | np.ndarray, values: Any) -> None:
+        """Set the weights of rows, as `weight[rows] = values` would; the rows' optimizer state stays.
+
+        Args:
+            rows: integers 0 <= row < V, 1-D; where one repeats the last value counts.
+            values: float32, broadcast to (len(rows), D).
+
+        Raises:
+            RowOutOfRange, InvalidArgument (shape or dtype), ReadOnlyTable, ForkedTable, DiskFull.
+        """
+        rows_N = checked_rows(rows, self.spec.num_rows).reshape(-1)
+        values_ND = self._checked_values(values, len(rows_N))
+        rows_M, last_M = last_of_each(rows_N)
+        with self._mutex:
+            self._check_writable()
+            self.safe_point(len(rows_M))
+            values_ME = np.empty((len(rows_M), self.spec.row_width), np.float32)
+            if self.spec.state_dim:
+                self._read_newest(rows_M, values_ME)
+            values_ME[:, : self.spec.dim] = values_ND[last_M]
+            self.append_rows(rows_M, values_ME)
+            if self._cache is not None:
+                self._cache.refresh(rows_M, values_ME)
+
+    def _checked_values(self, values: Any, count: int) -> np.ndarray:
+        given = np.asarray(values)
+        if given.dtype.kind not in "fiu" or (
+            given.dtype == np.float64 and np.ndim(values) and not isinstance(values, list)
+        ):
+            raise InvalidArgument(f"values have dtype {given.dtype}, this table holds float32. Convert them first.")
+        try:
+            return np.broadcast_to(given.astype(np.float32, copy=False), (count, self.spec.dim))
+        except ValueError as error:
+            raise InvalidArgument(
+                f"values have shape {given.shape}; {count} rows of {self.spec.dim} columns were expected."
+            ) from error
+
+    def _read_newest(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None:
+        self.fetch_rows(rows_M, values_ME)
+        if self._cache is not None:
+            self._cache.overlay(rows_M, values_ME)
+
+    # -- below the cache ------------------------------------------------------------------------------------
+
+    def fetch_rows(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None:
+        """Stored values of ascending distinct rows, below the cache (a cache's RowSource)."""
+        with self._mutex:
+            self._check_open()
+            self._store.fetch(rows_M, values_ME)
+
+    def append_rows(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None:
+        """Append changed ascending distinct rows to the journal, below the cache (a cache's RowSource)."""
+        with self._mutex:
+            self._check_writable()
+            self._store.append(rows_M, values_ME)
+            self._uncommitted_rows += len(rows_M)
+
+    def attach_cache(self, cache: CacheLayer | None, reshaped: Any = None) -> None:
+        """Let every method see what `cache` holds; `reshaped` (a bound method) is called when V or K changes."""
+        self._cache = cache
+        if reshaped is not None:
+            self._reshaped = weakref.WeakMethod(reshaped)
+
+    def safe_point(self, coming_rows: int = 0) -> None:
+        """Between whole operations: commit and merge where a limit asks for it, or do a part of a merge.
+
+        Args:
+            coming_rows: how many rows the next operation may change, so that it still fits the limits.
+        """
+        with self._mutex:
+            self._check_writable()
+            dirty = self._cache.dirty_rows if self._cache is not None else 0
+            if self._store.epoch_fill(dirty + coming_rows) >= 1.0:
+                if dirty or self._store.journal.has_uncommitted:
+                    self._commit("auto", None, explicit=False)
+                upkeep.make_room(self._store)
+            else:
+                upkeep.keep_pace(self._store)
+
+    # -- commits --------------------------------------------------------------------------------------------
+
+    def commit(self, note: str = "", payload: Any = None) -> int:
+        """Make everything written so far durable; returns the new generation's number.
+
+        After a crash the table is as of its last commit. Costs the bytes of the changed rows, and two syncs.
+
+        Args:
+            note: a few words, listed by `generations`.
+            payload: anything JSON can hold (an epoch, a data position), given back by `generations`.
+        """
+        try:
+            json.dumps(payload)
+        except (TypeError, ValueError) as error:
+            raise InvalidArgument(f"payload must be what JSON can hold: {error}.") from error
+        with self._mutex:
+            self._check_writable()
+            return self._commit(str(note), payload, explicit=True).number
+
+    def _commit(self, note: str, payload: Any, explicit: bool) -> Commit:
+        if self._cache is not None:
+            self._cache.write_back()
+        commit = self._store.commit(note, payload, self.scalars, explicit)
+        self._uncommitted_rows = 0
+        return commit
+
+    def generations(self) -> list[Commit]:
+        """The commits that `rollback` can restore, oldest first: the last explicit one, and the last."""
+        with self._mutex:
+            self._check_open()
+            journal = self._store.journal
+            both = [journal.retained] if journal.retained.number != journal.head.number else []
+            return [*both, journal.head]
+
+    def rollback(self, generation: int | None = None) -> int:
+        """Go back to a generation, or drop what is uncommitted (None); returns the generation the table is at.
+
+        Going back to an earlier one is itself a commit, with a new number. Rows, optimizer scalars and V are as
+        they were. Caches forget what they hold.
+
+        Raises:
+            NotRestorable: the generation is not one of `generations()`.
+        """
+        with self._mutex:
+            self._check_writable()
+            restorable = {commit.number: commit for commit in self.generations()}
+            target = self.generation if generation is None else generation
+            if target not in restorable:
+                raise NotRestorable(f"generation {target} cannot be restored; {self.path} keeps {sorted(restorable)}.")
+            self._drop_uncommitted()
+            if target != self.generation:
+                old, head = restorable[target], self._store.journal.head
+                note = f"rollback to {target}"
+                commit = Commit(
+                    head.number + 1,
+                    target,
+                    old.num_rows,
+                    note,
+                    time.time(),
+                    True,
+                    old.scalars,
+                    old.payload,
+                    target,
+                )
+                upkeep.rollback(self._store, commit)
+                self._store.close()
+                self._store.load()
+            self.scalars = dict(self._store.journal.head.scalars)
+            self._tell_reshaped()
+            return self.generation
+
+    def _drop_uncommitted(self) -> None:
+        if self._cache is not None:
+            self._cache.drop()
+        self._store.close()
+        self._store.load()
+        self._uncommitted_rows = 0
+
+    # -- upkeep ---------------------------------------------------------------------------------------------
+
+    def merge(self, progress: Progress | None = None) -> None:
+        """Fold the committed journal into the base now. Changes appended since the last commit are committed first."""
+        with self._mutex:
+            self._check_writable()
+            if self._store.journal.has_uncommitted:
+                self._commit("auto", None, explicit=False)
+            upkeep.finish_merges(self._store, progress)
+            upkeep.begin_merge(self._store)
+            upkeep.finish_merges(self._store, progress)
+
+    def publish(self, note: str = "publish", progress: Progress | None = None) -> int:
+        """Commit, merge, and write out every row, so that any Zarr reader sees exactly this table.
+
+        The attribute `plain` is true until the next write. Costs V records of disk.
+        """
+        with self._mutex:
+            generation = self.commit(note)
+            upkeep.finish_merges(self._store)
+            upkeep.publish(self._store, progress)
+            return generation
+
+    def refresh(self) -> int:
+        """Move a reader to the last commit there is; returns its generation. A writer is always there."""
+        with self._mutex:
+            self._check_open()
+            if self.mode == "r":
+                if self._cache is not None:
+                    self._cache.drop()
+                self._store.close()
+                self._store.load()
+                self._tell_reshaped()
+            return self.generation
+
+    def grow(self, num_rows: int) -> None:
+        """Append rows, at their initial values, until there are `num_rows`; durable with the next commit.
+
+        Raises:
+            InvalidArgument: fewer rows than there are.
+        """
+        with self._mutex:
+            self._check_writable()
+            if num_rows < self.spec.num_rows:
+                raise InvalidArgument(f"cannot grow to {num_rows} rows: the table has {self.spec.num_rows} already.")
+            if self._cache is not None:
+                self._cache.write_back()
+            self._store.set_num_rows(num_rows)
+            self._uncommitted_rows += 1
+            self._tell_reshaped()
+
+    def set_init(self, init: InitialValues, padding_idx: int | None = None) -> None:
+        """Change the initial distribution of a table that has no written rows; durable at once, costs nothing.
+
+        Raises:
+            InvalidArgument: rows were written already.
+        """
+        with self._mutex:
+            self._check_writable()
+            if self.has_rows:
+                raise InvalidArgument("rows were written already; write the values you want instead.")
+            self._store.replace_spec(init=init, padding_idx=padding_idx)
+            self._tell_reshaped()
+
+    def set_state(
+        self,
+        owner: str | None,
+        state: tuple[StateColumns, ...],
+        *,
+        reset: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        """Give the records the state columns of an optimizer rule, all rows at the initial state.
+
+        Free when the record already has room of that shape and no row was written; otherwise the rows ever written
+        are rewritten (crash-safe; one read and one write of them), as a new explicit generation.
+
+        Args:
+            owner: the rule's name. state: its columns.
+            reset: give up state that another rule, or the same one, has gathered.
+
+        Raises:
+            StateMismatch: another rule's state is in the records and `reset` is not given.
+        """
+        with self._mutex:
+            self._check_writable()
+            spec = self.spec
+            if spec.owner == owner and spec.state == state and not reset:
+                return
+            if spec.owner is not None and not reset:
+                raise StateMismatch(
+                    f"the records of {self.path} hold the state of {spec.owner}, not of {owner}. Use "
+                    f"bigembed.optim's {spec.owner}, or give that state up with reset_state=True."
+                )
+            self.scalars = {}
+            new = spec.with_state(owner, state)
+            unchanged = new.state_dim == spec.state_dim and new.state_initial == spec.state_initial
+            if unchanged and (spec.owner is None or not self.has_rows):
+                self._store.replace_spec(owner=owner, state=state)
+                return
+            if self._uncommitted_rows or (self._cache is not None and self._cache.dirty_rows):
+                self._commit(f"before state columns for {owner}", None, explicit=True)
+            if self._cache is not None:
+                self._cache.drop()
+            rewrite.rewrite_state(self._store, new, progress)
+            self._tell_reshaped()
+
+    def _tell_reshaped(self) -> None:
+        callback = self._reshaped() if self._reshaped is not None else None
+        if callback is not None:
+            callback()
+
+    def verify(self, progress: Progress | None = None) -> VerifyReport:
+        """Read everything and compare it with every check and sum; see `VerifyReport`.
+
+        Raises:
+            DamagedTable, DamagedRow: the first damage found, with file and row.
+        """
+        with self._mutex:
+            self._check_open()
+            if self.may_write:
+                upkeep.finish_merges(self._store)
+            return verify_store(self._store, progress)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and sizes by part: cache, index, journal, undo, pending, staging, merge, table."""
+        with self._mutex:
+            self._check_open()
+            return table_stats(self._store, self._cache, self._uncommitted_rows)
+
+    # -- the end --------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Close the table. Uncommitted changes are discarded, with a warning that counts them. Safe to repeat."""
+        with self._mutex:
+            if self.is_closed:
+                return
+            if self._pid == os.getpid() and self.mode == "r+" and not self.is_temporary:
+                dirty = self._cache.dirty_rows if self._cache is not None else 0
+                if dirty or self._uncommitted_rows:
+                    warnings.warn(
+                        f"{self.path} was closed without a commit: changes to {dirty + self._uncommitted_rows} rows "
+                        "are discarded. Call commit() before close().",
+                        stacklevel=2,
+                    )
+            self._finalizer()
+
+    def __enter__(self) -> "Table":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._finalizer()  # an exception is in flight: its message matters, not ours
+        else:
+            self.close()
+
+    def _check_open(self) -> None:
+        if self.is_closed:
+            raise TableClosed(f"{self.path} was closed. Open it again with Table.open.")
+
+    def _check_writable(self) -> None:
+        self._check_open()
+        if self.mode != "r+":
+            raise ReadOnlyTable(f"{self.path} is open with mode='r'. Open it with mode='r+' to write.")
+        if self._pid != os.getpid():
+            raise ForkedTable(
+                f"{self.path} belongs to process {self._pid}; this forked child ({os.getpid()}) may only read it. "
+                "Write in the parent, or open the table in the child after the parent closed it."
+            )
+
+    def _after_fork_in_child(self) -> None:
+        self._mutex = threading.RLock()  # whoever held it does not exist here
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _release(store: RecordStore, lock: WriterLock | None, pid: int, is_temporary: bool, path: str) -> None:
+    """Close files and give the lock up; in a forked child nothing but the child's descriptors is touched."""
+    if pid != os.getpid():
+        return
+    store.close()
+    if is_temporary:
+        shutil.rmtree(path, ignore_errors=True)
+    if lock is not None:
+        lock.release()
+
+
+_open_tables: "weakref.WeakSet[Table]" = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for table in list(_open_tables):
+        table._after_fork_in_child()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
