@@ -1,4 +1,4 @@
-"""Two ways to read records of the base, exact twins: ColdReader for tables larger than memory, MappedReader for small ones.
+"""Two ways to read records of the base, exact twins: ColdReader for large tables, MappedReader for small ones.
 
 Contract of both: `read(chunk_M, offset_M, out_MW)` fills out_MW[m] with the record at byte offset_M[m] of chunk
 chunk_M[m]; chunk_M ascends; a chunk without a file reads as zeros.

@@ -46,7 +46,7 @@ def _verify_chunk(store: RecordStore, chunk: int) -> int:
     expected = (int(superblock.written_C[chunk]), int(superblock.sums_C[chunk])) if inside else (0, 0)
     if (written, total) != expected:
         raise DamagedTable(
-            f"{store.base.chunks.path(chunk)} holds {written} written rows (checks sum to {total:016x}), the superblock "
-            f"says {expected[0]} ({expected[1]:016x}): rows were lost or are stale. Restore the file from a backup."
+            f"{store.base.chunks.path(chunk)} holds {written} written rows (checks sum to {total:016x}), the "
+            f"superblock says {expected[0]} ({expected[1]:016x}): rows were lost or are stale. Restore the file from a backup."
         )
     return written

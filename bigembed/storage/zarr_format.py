@@ -120,5 +120,6 @@ def check_with_zarr(path: str, spec: TableSpec) -> None:
         raise DamagedTable(f"zarr-python cannot open {path}/weight: {error}. Restore zarr.json.") from error
     if array.shape != (spec.num_rows, spec.dim) or str(array.dtype) != spec.dtype:
         raise DamagedTable(
-            f"{path}/weight is {array.shape} {array.dtype} to zarr-python, {(spec.num_rows, spec.dim)} {spec.dtype} here."
+            f"{path}/weight is {array.shape} {array.dtype} to zarr-python, "
+            f"{(spec.num_rows, spec.dim)} {spec.dtype} here. Restore zarr.json from a backup."
         )
