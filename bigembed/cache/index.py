@@ -4,7 +4,6 @@ Two indexes, one contract (`Index`). `SetIndex`, for a table larger than its cac
 evicts the least recently used row of a set. `IdentityIndex`, for a table that fits, has slot = row and never
 evicts. Steps are the cache's clock, from 1 on. The caller guards an index against concurrent use.
 """
-# ruff: noqa: N815 (fields carry dimension suffixes)
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -7,7 +7,6 @@ index (`cache/index.py`), which never sees a value.
 One tensor of S slots of E float32 values, plus the index and one dirty byte a slot; a missed row's bytes are
 read once, a changed row's written once when it leaves. The caller (the table) guards against concurrent use.
 """
-# ruff: noqa: N815 (fields carry dimension suffixes)
 
 from collections.abc import Callable
 from dataclasses import dataclass

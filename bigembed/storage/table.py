@@ -1,5 +1,6 @@
 """Table: a (V, D) matrix of rows on disk that can be read, written, committed and rolled back. NumPy in and out."""
 
+import atexit
 import json
 import os
 import shutil
@@ -72,8 +73,8 @@ class Table:
         self.path = path
         self.mode = mode
         self.is_temporary = is_temporary
-        self._pid = os.getpid()
-        self._mutex = threading.RLock()
+        self.pid = os.getpid()
+        self.mutex = threading.RLock()
         self._cache: CacheLayer | None = None
         self._reshaped: weakref.WeakMethod[Any] | None = None
         self._lock = WriterLock(path) if mode == "r+" else None
@@ -87,8 +88,12 @@ class Table:
             raise
         self.scalars: dict[str, Any] = dict(self._store.journal.head.scalars)
         self._uncommitted_rows = 0
-        self._finalizer = weakref.finalize(self, _release, self._store, self._lock, self._pid, is_temporary, path)
+        self._finalizer = weakref.finalize(self, _release, self._store, self._lock, self.pid, is_temporary, path)
         _open_tables.add(self)
+        if len(_open_tables) == 1:
+            # Later than the finalizers' own exit hook, so called before it: a program that ends gets the warning too.
+            atexit.unregister(_close_open_tables)
+            atexit.register(_close_open_tables)
 
     # -- making and opening ---------------------------------------------------------------------------------
 
@@ -188,6 +193,11 @@ class Table:
         return self.spec.num_rows, self.spec.dim
 
     @property
+    def limits(self) -> Limits:
+        """What journal and index may take."""
+        return self._store.limits
+
+    @property
     def generation(self) -> int:
         """The number of the last commit."""
         return self._store.journal.head.number
@@ -199,7 +209,7 @@ class Table:
     @property
     def may_write(self) -> bool:
         """Opened for writing, in this process, and not closed."""
-        return self.mode == "r+" and self._pid == os.getpid() and not self.is_closed
+        return self.mode == "r+" and self.pid == os.getpid() and not self.is_closed
 
     @property
     def has_rows(self) -> bool:
@@ -229,7 +239,7 @@ class Table:
         rows_N = checked_rows(rows, self.spec.num_rows)
         distinct_M, inverse_N = np.unique(rows_N, return_inverse=True)
         values_ME = np.empty((len(distinct_M), self.spec.row_width), np.float32)
-        with self._mutex:
+        with self.mutex:
             self._read_newest(distinct_M, values_ME)
         width = self.spec.row_width if with_state else self.spec.dim
         return values_ME[inverse_N.reshape(-1), :width].reshape(*np.shape(rows), width)
@@ -247,8 +257,8 @@ class Table:
         rows_N = checked_rows(rows, self.spec.num_rows).reshape(-1)
         values_ND = self._checked_values(values, len(rows_N))
         rows_M, last_M = last_of_each(rows_N)
-        with self._mutex:
-            self._check_writable()
+        with self.mutex:
+            self.check_writable()
             self.safe_point(len(rows_M))
             values_ME = np.empty((len(rows_M), self.spec.row_width), np.float32)
             if self.spec.state_dim:
@@ -280,19 +290,21 @@ class Table:
 
     def fetch_rows(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None:
         """Stored values of ascending distinct rows, below the cache (a cache's RowSource)."""
-        with self._mutex:
+        with self.mutex:
             self._check_open()
             self._store.fetch(rows_M, values_ME)
 
     def append_rows(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None:
         """Append changed ascending distinct rows to the journal, below the cache (a cache's RowSource)."""
-        with self._mutex:
-            self._check_writable()
+        with self.mutex:
+            self.check_writable()
             self._store.append(rows_M, values_ME)
             self._uncommitted_rows += len(rows_M)
 
     def attach_cache(self, cache: CacheLayer | None, reshaped: Any = None) -> None:
         """Let every method see what `cache` holds; `reshaped` (a bound method) is called when V or K changes."""
+        if self._cache is not None and self._cache is not cache and self._cache.dirty_rows:
+            self._cache.write_back()
         self._cache = cache
         if reshaped is not None:
             self._reshaped = weakref.WeakMethod(reshaped)
@@ -303,8 +315,8 @@ class Table:
         Args:
             coming_rows: how many rows the next operation may change, so that it still fits the limits.
         """
-        with self._mutex:
-            self._check_writable()
+        with self.mutex:
+            self.check_writable()
             dirty = self._cache.dirty_rows if self._cache is not None else 0
             if self._store.epoch_fill(dirty + coming_rows) >= 1.0:
                 if dirty or self._store.journal.has_uncommitted:
@@ -328,8 +340,8 @@ class Table:
             json.dumps(payload)
         except (TypeError, ValueError) as error:
             raise InvalidArgument(f"payload must be what JSON can hold: {error}.") from error
-        with self._mutex:
-            self._check_writable()
+        with self.mutex:
+            self.check_writable()
             return self._commit(str(note), payload, explicit=True).number
 
     def _commit(self, note: str, payload: Any, explicit: bool) -> Commit:
@@ -341,7 +353,7 @@ class Table:
 
     def generations(self) -> list[Commit]:
         """The commits that `rollback` can restore, oldest first: the last explicit one, and the last."""
-        with self._mutex:
+        with self.mutex:
             self._check_open()
             journal = self._store.journal
             both = [journal.retained] if journal.retained.number != journal.head.number else []
@@ -356,8 +368,8 @@ class Table:
         Raises:
             NotRestorable: the generation is not one of `generations()`.
         """
-        with self._mutex:
-            self._check_writable()
+        with self.mutex:
+            self.check_writable()
             restorable = {commit.number: commit for commit in self.generations()}
             target = self.generation if generation is None else generation
             if target not in restorable:
@@ -395,8 +407,8 @@ class Table:
 
     def merge(self, progress: Progress | None = None) -> None:
         """Fold the committed journal into the base now. Changes appended since the last commit are committed first."""
-        with self._mutex:
-            self._check_writable()
+        with self.mutex:
+            self.check_writable()
             if self._store.journal.has_uncommitted:
                 self._commit("auto", None, explicit=False)
             upkeep.finish_merges(self._store, progress)
@@ -408,7 +420,7 @@ class Table:
 
         The attribute `plain` is true until the next write. Costs V records of disk.
         """
-        with self._mutex:
+        with self.mutex:
             generation = self.commit(note)
             upkeep.finish_merges(self._store)
             upkeep.publish(self._store, progress)
@@ -416,7 +428,7 @@ class Table:
 
     def refresh(self) -> int:
         """Move a reader to the last commit there is; returns its generation. A writer is always there."""
-        with self._mutex:
+        with self.mutex:
             self._check_open()
             if self.mode == "r":
                 if self._cache is not None:
@@ -432,8 +444,8 @@ class Table:
         Raises:
             InvalidArgument: fewer rows than there are.
         """
-        with self._mutex:
-            self._check_writable()
+        with self.mutex:
+            self.check_writable()
             if num_rows < self.spec.num_rows:
                 raise InvalidArgument(f"cannot grow to {num_rows} rows: the table has {self.spec.num_rows} already.")
             if self._cache is not None:
@@ -448,8 +460,8 @@ class Table:
         Raises:
             InvalidArgument: rows were written already.
         """
-        with self._mutex:
-            self._check_writable()
+        with self.mutex:
+            self.check_writable()
             if self.has_rows:
                 raise InvalidArgument("rows were written already; write the values you want instead.")
             self._store.replace_spec(init=init, padding_idx=padding_idx)
@@ -475,8 +487,8 @@ class Table:
         Raises:
             StateMismatch: another rule's state is in the records and `reset` is not given.
         """
-        with self._mutex:
-            self._check_writable()
+        with self.mutex:
+            self.check_writable()
             spec = self.spec
             if spec.owner == owner and spec.state == state and not reset:
                 return
@@ -509,7 +521,7 @@ class Table:
         Raises:
             DamagedTable, DamagedRow: the first damage found, with file and row.
         """
-        with self._mutex:
+        with self.mutex:
             self._check_open()
             if self.may_write:
                 upkeep.finish_merges(self._store)
@@ -517,7 +529,7 @@ class Table:
 
     def stats(self) -> dict[str, Any]:
         """Counters and sizes by part: cache, index, journal, undo, pending, staging, merge, table."""
-        with self._mutex:
+        with self.mutex:
             self._check_open()
             return table_stats(self._store, self._cache, self._uncommitted_rows)
 
@@ -525,10 +537,10 @@ class Table:
 
     def close(self) -> None:
         """Close the table. Uncommitted changes are discarded, with a warning that counts them. Safe to repeat."""
-        with self._mutex:
+        with self.mutex:
             if self.is_closed:
                 return
-            if self._pid == os.getpid() and self.mode == "r+" and not self.is_temporary:
+            if self.pid == os.getpid() and self.mode == "r+" and not self.is_temporary:
                 dirty = self._cache.dirty_rows if self._cache is not None else 0
                 if dirty or self._uncommitted_rows:
                     warnings.warn(
@@ -537,6 +549,11 @@ class Table:
                         stacklevel=2,
                     )
             self._finalizer()
+
+    def __del__(self) -> None:
+        # A table that is dropped without close gives the same warning; _finalizer is missing if __init__ failed.
+        if hasattr(self, "_finalizer"):
+            self.close()
 
     def __enter__(self) -> "Table":
         return self
@@ -553,18 +570,18 @@ class Table:
         if self.is_closed:
             raise TableClosed(f"{self.path} was closed. Open it again with Table.open.")
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
         self._check_open()
         if self.mode != "r+":
             raise ReadOnlyTable(f"{self.path} is open with mode='r'. Open it with mode='r+' to write.")
-        if self._pid != os.getpid():
+        if self.pid != os.getpid():
             raise ForkedTable(
-                f"{self.path} belongs to process {self._pid}; this forked child ({os.getpid()}) may only read it. "
+                f"{self.path} belongs to process {self.pid}; this forked child ({os.getpid()}) may only read it. "
                 "Write in the parent, or open the table in the child after the parent closed it."
             )
 
     def _after_fork_in_child(self) -> None:
-        self._mutex = threading.RLock()  # whoever held it does not exist here
+        self.mutex = threading.RLock()  # whoever held it does not exist here
         if self._lock is not None:
             self._lock.release()
 
@@ -581,6 +598,16 @@ def _release(store: RecordStore, lock: WriterLock | None, pid: int, is_temporary
 
 
 _open_tables: "weakref.WeakSet[Table]" = weakref.WeakSet()
+
+
+def open_tables() -> "list[Table]":
+    """The tables of this process that are open."""
+    return [table for table in _open_tables if not table.is_closed]
+
+
+def _close_open_tables() -> None:
+    for table in list(_open_tables):
+        table.close()
 
 
 def _after_fork_in_child() -> None:

@@ -47,6 +47,7 @@ def _verify_chunk(store: RecordStore, chunk: int) -> int:
     if (written, total) != expected:
         raise DamagedTable(
             f"{store.base.chunks.path(chunk)} holds {written} written rows (checks sum to {total:016x}), the "
-            f"superblock says {expected[0]} ({expected[1]:016x}): rows were lost or are stale. Restore the file from a backup."
+            f"superblock says {expected[0]} ({expected[1]:016x}): rows were lost or are stale. "
+            "Restore the file from a backup."
         )
     return written

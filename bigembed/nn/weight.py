@@ -1,0 +1,171 @@
+"""WeightView: what `module.weight` is where the weight is not in memory."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from bigembed import init
+from bigembed.errors import BigembedError, InvalidArgument
+from bigembed.optim.trainable import TrainableTable
+
+STREAM_BYTES = 16 << 20
+
+
+class WeightUseError(BigembedError, TypeError):
+    """An operation on `weight` that would need the whole matrix in memory."""
+
+
+class RowsCopy(torch.Tensor):
+    """Rows read from a table. In-place operations raise: they would change this copy, not the table."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+        harmless = name in ("requires_grad_", "__index__", "__int__", "__invert__")
+        if in_place and not harmless and args and isinstance(args[0], RowsCopy):
+            raise InvalidArgument(
+                f"{name} would change a copy of the rows, not the table. Use weight[ids] = values, or clone() first."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = [a.as_subclass(torch.Tensor) if isinstance(a, RowsCopy) else a for a in args]
+            return func(*plain, **(kwargs or {}))
+
+
+class WeightView:
+    """The weight matrix on disk, (V, D), by rows: `weight[ids]` reads, `weight[ids] = values` writes.
+
+    Not a tensor: it never materialises unless asked for rows (`weight[:]` asks for all of them).
+    """
+
+    def __init__(self, trainable: TrainableTable) -> None:
+        self._trainable = trainable
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self._trainable.table.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return 2
+
+    ndim = property(dim)
+
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self._trainable.handle.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return self._trainable.handle.requires_grad
+
+    @property
+    def data(self) -> "WeightView":
+        return self
+
+    def detach(self) -> "WeightView":
+        return self
+
+    def __repr__(self) -> str:
+        table = self._trainable.table
+        return f"WeightView of {table!r}; weight[ids] reads rows, weight[ids] = values writes them"
+
+    # -- rows -----------------------------------------------------------------------------------------------
+
+    def _rows(self, key: Any) -> np.ndarray:
+        """The rows that an index means, as int64 of the index's shape; negative ones count from the end."""
+        num_rows = self.shape[0]
+        if isinstance(key, slice):
+            return np.arange(*key.indices(num_rows))
+        rows = np.asarray(key)
+        if rows.dtype == np.bool_:
+            if rows.shape != (num_rows,):
+                raise InvalidArgument(f"a mask of shape {rows.shape} does not select from {num_rows} rows.")
+            return np.flatnonzero(rows)
+        if rows.dtype.kind in "i":
+            rows = np.where(rows < 0, rows + num_rows, rows)
+        return rows
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        """A copy of rows, with the shape that a tensor's `weight[key]` would have; columns may follow a comma."""
+        key, columns = key if isinstance(key, tuple) else (key, slice(None))
+        rows = torch.from_numpy(self._trainable.table.read(self._rows(key)))[..., columns]
+        return rows.as_subclass(RowsCopy)
+
+    def __setitem__(self, key: Any, values: Any) -> None:
+        """Write rows through to the table; uncommitted until `commit`."""
+        if isinstance(key, tuple):
+            raise InvalidArgument(
+                "weight[rows, columns] = ... is not supported; write whole rows: weight[rows] = values."
+            )
+        rows = self._rows(key)
+        given = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values, np.float32)
+        wanted = (*rows.shape, self.shape[1])
+        try:
+            spread = np.broadcast_to(given.astype(np.float32, copy=False), wanted)
+        except ValueError as error:
+            raise InvalidArgument(f"values have shape {given.shape}; {wanted} was expected.") from error
+        self._trainable.table.write(rows.reshape(-1), spread.reshape(-1, self.shape[1]))
+
+    # -- filling --------------------------------------------------------------------------------------------
+
+    def normal_(self, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> "WeightView":
+        """Every row from N(mean, std^2): free on a table without written rows, otherwise all are written."""
+        return self._fill(init.normal(mean, std), lambda n: torch.empty(n).normal_(mean, std, generator=generator))
+
+    def uniform_(self, a: float = 0.0, b: float = 1.0, *, generator: Any = None) -> "WeightView":
+        """Every row from the uniform distribution over [a, b); cost as `normal_`."""
+        return self._fill(init.uniform(a, b), lambda n: torch.empty(n).uniform_(a, b, generator=generator))
+
+    def fill_(self, value: float) -> "WeightView":
+        """Every value `value`; cost as `normal_`."""
+        return self._fill(init.constant(value), lambda n: torch.full(n, float(value)))
+
+    def zero_(self) -> "WeightView":
+        """Every value 0; cost as `normal_`."""
+        return self.fill_(0.0)
+
+    def _fill(self, distribution: init.InitialValues, draw: Any) -> "WeightView":
+        table = self._trainable.table
+        if not table.has_rows:
+            table.set_init(distribution)
+        else:
+            for first, last in self._blocks():
+                table.write(np.arange(first, last), draw((last - first, self.shape[1])).numpy())
+        return self
+
+    def copy_(self, source: Any) -> "WeightView":
+        """Write every row from a (V, D) tensor or array, a block at a time."""
+        if tuple(source.shape) != tuple(self.shape):
+            raise InvalidArgument(f"source has shape {tuple(source.shape)}; {tuple(self.shape)} was expected.")
+        for first, last in self._blocks():
+            self[first:last] = source[first:last]
+        return self
+
+    def _blocks(self) -> "list[tuple[int, int]]":
+        step = max(1, STREAM_BYTES // (4 * self.shape[1]))
+        return [(first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step)]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if getattr(func, "__module__", "") == "torch.nn.init":  # these end in normal_, uniform_, fill_ or zero_
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise WeightUseError(
+            f"{name} needs the whole weight in memory, and this one is on disk. Look rows up with emb(ids) or "
+            "emb.weight[ids]; for a small table emb.to_nn_embedding() gives a plain nn.Embedding."
+        )

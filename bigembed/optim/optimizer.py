@@ -1,0 +1,110 @@
+"""TableOptimizer: what the rules share. A torch.optim.Optimizer whose parameters are handles of tables."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from bigembed.errors import InvalidArgument
+from bigembed.optim.trainable import TrainableTable
+from bigembed.spec import StateColumns
+
+
+class TableOptimizer(torch.optim.Optimizer):
+    """Trains the tables of bigembed modules; the rows' state lives in the tables, beside their weights.
+
+    A row that no pending gradient names is not touched, as with torch's sparse optimizers. Schedulers, `state_dict`,
+    GradScaler and `clip_grad_norm_` work as with any torch optimizer. The step count travels with the table's
+    commits: a new optimizer of the same rule goes on where the table is.
+
+    Args:
+        modules: a bigembed module, any nn.Module that holds some, a list of these, or a list of dicts
+            {"params": such, "lr": ...}.
+        reset_state: give up the state that the tables hold, of whatever rule.
+
+    Raises:
+        InvalidArgument: no table among the modules. StateMismatch: the tables hold another rule's state.
+        ReadOnlyTable: a table is open with mode="r".
+    """
+
+    rule: ClassVar[str]
+
+    def __init__(self, modules: Any, defaults: dict[str, Any], reset_state: bool) -> None:
+        self._tables: dict[int, TrainableTable] = {}
+        groups = modules if isinstance(modules, list | tuple) and modules and isinstance(modules[0], dict) else None
+        if groups is None:
+            params: Any = self._handles(modules)
+        else:
+            params = [{**group, "params": self._handles(group["params"])} for group in groups]
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            self._check(group)
+            for handle in group["params"]:
+                self._tables[id(handle)].attach(self, self._state_columns, group, reset_state)
+
+    def _handles(self, modules: Any) -> list[nn.Parameter]:
+        """The handles of the tables in `modules`, each once."""
+        found = {id(t.handle): t for t in _tables_in(modules)}
+        if not found:
+            raise InvalidArgument(
+                f"{type(modules).__name__} holds no bigembed module. Pass the Embedding, or a module that contains it."
+            )
+        self._tables.update(found)
+        return [table.handle for table in found.values()]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every row with a pending gradient, by one fused kernel a table.
+
+        Raises:
+            NoOptimizer: a newer optimizer has taken the table over.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for handle in group["params"]:
+                self._tables[id(handle)].step(self, group)
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the pending gradients."""
+        super().zero_grad(set_to_none)
+        if set_to_none:
+            for table in self._tables.values():
+                table.drop_pending()
+
+    # -- what a rule says -----------------------------------------------------------------------------------
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raises InvalidArgument for hyperparameters that cannot be."""
+        if not float(group["lr"]) >= 0.0:
+            raise InvalidArgument(f"lr must be at least 0, not {group['lr']}.")
+
+    def _state_columns(self, dim: int, group: dict[str, Any]) -> tuple[StateColumns, ...]:
+        """The state that a row of `dim` weights keeps."""
+        raise NotImplementedError
+
+    def _kernel(self, group: dict[str, Any], step: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The rule's kernel for step number `step` (from 1), and its arguments after `scale`."""
+        raise NotImplementedError
+
+
+def _tables_in(modules: Any) -> Iterable[TrainableTable]:
+    if isinstance(modules, nn.Module):
+        for module in modules.modules():
+            trainable = getattr(module, "trainable", None)
+            if isinstance(trainable, TrainableTable):
+                yield trainable
+    elif isinstance(modules, Iterable):
+        for module in modules:
+            if not isinstance(module, nn.Module):
+                raise InvalidArgument(
+                    f"a {type(module).__name__} is no module. bigembed's optimizers take modules (opt = SGD(emb)), "
+                    "not parameters: dense parameters need an optimizer of torch's own."
+                )
+            yield from _tables_in(module)
+    else:
+        raise InvalidArgument(f"a {type(modules).__name__} is no module; pass the Embedding.")

@@ -1,0 +1,121 @@
+"""PendingGradient: the gradient of a table between backward and step, as (rows, summed gradient rows).
+
+The handle's `grad` stands for it in torch's eyes: after each backward it is the gradient's 2-norm, so scaling it scales
+the gradient (clipping, loss scaling), and None or 0 there means that nothing is pending.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from bigembed import threads
+from bigembed.kernels.grouping import group_by_row, sum_by_row
+from bigembed.kernels.rules import row_squares, scale_rows
+
+
+@dataclass
+class RowGradient:
+    """Distinct rows_U and the sum of each one's gradients, float32 sums_UD; `step` is the oldest forward's."""
+
+    rows_U: np.ndarray
+    sums_UD: np.ndarray
+    step: int
+
+    def norm(self) -> float:
+        """The 2-norm as a float32, added up in float64 in order of rows: the same for any thread count."""
+        squares_U = np.empty(len(self.rows_U), np.float64)
+        threads.run(row_squares, len(squares_U), self.sums_UD, squares_U)
+        return float(np.float32(math.sqrt(float(squares_U.sum()))))
+
+
+def add_gradients(first: RowGradient, second: RowGradient) -> RowGradient:
+    """Their sum; rows in order of first mention."""
+    both = np.concatenate([first.rows_U, second.rows_U])
+    rows_U, inverse_N = group_by_row(both)
+    sums_UD = sum_by_row(np.concatenate([first.sums_UD, second.sums_UD]), inverse_N, len(rows_U))
+    return RowGradient(rows_U, sums_UD, min(first.step, second.step))
+
+
+class PendingGradient:
+    """What has been added since the handle's grad was last None or 0.
+
+    Args:
+        handle: the parameter whose grad shows the norm.
+    """
+
+    def __init__(self, handle: nn.Parameter) -> None:
+        self._handle = handle
+        self._kept: RowGradient | None = None
+        self._norm_shown = 0.0
+        self._incoming: list[RowGradient] = []
+        self._incoming_pass = -1
+        self._had_grad = False
+
+    def add(self, gradient: RowGradient) -> None:
+        """Take a gradient during a backward pass; it counts once autograd reaches the handle.
+
+        A pass that fails before that leaves nothing, as it leaves no `.grad` in a dense parameter.
+        """
+        this_pass = torch._C._current_graph_task_id()
+        if this_pass != self._incoming_pass:
+            self._incoming, self._incoming_pass = [], this_pass
+            self._had_grad = self._handle.grad is not None
+        self._incoming.append(gradient)
+
+    def arrived(self) -> None:
+        """Autograd has reached the handle: merge what the pass brought, and show the norm in the handle's grad."""
+        incoming, self._incoming, self._incoming_pass = self._incoming, [], -1
+        if not incoming:
+            return
+        grad = self._handle.grad
+        assert grad is not None
+        kept = self._settled(float(grad)) if self._had_grad else None
+        total = incoming[0]
+        for gradient in incoming[1:]:
+            total = add_gradients(total, gradient)
+        self._kept = total if kept is None else add_gradients(kept, total)
+        self._norm_shown = self._kept.norm()
+        with torch.no_grad():
+            grad.fill_(self._norm_shown)
+
+    def _settled(self, shown: float) -> RowGradient | None:
+        """What is kept, scaled by what the user did to the handle's grad since."""
+        scale = self._scale(shown)
+        if self._kept is None or scale == 0.0:
+            return None
+        if scale != 1.0:
+            threads.run(scale_rows, len(self._kept.rows_U), self._kept.sums_UD, np.float32(scale))
+        return self._kept
+
+    def _scale(self, shown: float) -> float:
+        norm = self._norm_shown
+        if shown == norm or (math.isnan(shown) and math.isnan(norm)):
+            return 1.0
+        return shown / norm if norm != 0.0 else math.nan
+
+    def current(self) -> tuple[RowGradient, float] | None:
+        """The pending gradient and the factor it is to be taken with; None when there is none."""
+        grad = self._handle.grad
+        if grad is None:
+            self.drop()
+        if grad is None or self._kept is None:
+            return None
+        shown = float(grad)
+        scale = self._scale(shown)
+        cleared = shown == 0.0 and self._norm_shown != 0.0
+        return None if cleared else (self._kept, scale)
+
+    def drop(self) -> None:
+        self._kept, self._norm_shown, self._incoming = None, 0.0, []
+
+    @property
+    def oldest_step(self) -> int | None:
+        """The cache step of the oldest forward that contributed."""
+        return self._kept.step if self._kept is not None else None
+
+    @property
+    def memory_bytes(self) -> int:
+        return 0 if self._kept is None else self._kept.rows_U.nbytes + self._kept.sums_UD.nbytes

@@ -1,0 +1,195 @@
+"""TrainableTable: a table with its cache, its handle and its pending gradient. All modules on one table share it."""
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from bigembed.cache.row_cache import Located, RowCache
+from bigembed.errors import NoOptimizer
+from bigembed.kernels.grouping import group_by_row
+from bigembed.optim.pending import PendingGradient, RowGradient
+from bigembed.spec import StateColumns
+from bigembed.storage.table import Table
+
+if TYPE_CHECKING:
+    from bigembed.optim.optimizer import TableOptimizer
+
+
+class Ticket:
+    """Held by a forward's graph: while it lives, rows used since its step should stay in the cache."""
+
+    __slots__ = ("__weakref__", "step")
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+
+class TrainableTable:
+    """Look rows up, take their gradients, step.
+
+    Args:
+        table: the rows. cache_bytes: what cache and journal index may take of memory, together.
+        cache_rows: slots of the cache instead (for tests); the index then has the table's own limit.
+    """
+
+    def __init__(self, table: Table, cache_bytes: int, cache_rows: int | None = None) -> None:
+        self.table = table
+        self._cache_bytes, self._cache_rows = cache_bytes, cache_rows
+        self.handle = nn.Parameter(torch.zeros(1), requires_grad=table.mode == "r+")
+        self.pending = PendingGradient(self.handle)
+        arrived = weakref.WeakMethod(self.pending.arrived)
+        self.handle.register_post_accumulate_grad_hook(lambda _: _call(arrived))
+        self._tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
+        self._optimizer: weakref.ref[TableOptimizer] | None = None
+        self.rebuild_cache()
+
+    def rebuild_cache(self) -> None:
+        """A new, empty cache for the table as it is now (its rows or their width have changed)."""
+        source = weakref.proxy(self.table)
+        if self._cache_rows is not None:
+            self.cache = RowCache(source, capacity_rows=self._cache_rows)
+        else:
+            self.cache = RowCache(source, budget_bytes=self._values_bytes())
+        self.table.attach_cache(self.cache, self.rebuild_cache)
+
+    def _values_bytes(self) -> int:
+        """What the budget leaves for rows beside the journal's index."""
+        return max(1, self._cache_bytes - self.table.limits.index_bytes)
+
+    # -- forward --------------------------------------------------------------------------------------------
+
+    def look_up(
+        self, ids_N: np.ndarray, needs_grad: bool
+    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, Ticket | None]:
+        """The rows of checked ids: (N, D) float32; and for backward rows_U, inverse_N and a ticket."""
+        rows_U, inverse_N = group_by_row(ids_N)
+        with self.table.mutex:
+            located = self._fetch(rows_U)
+            out_ND = self.cache.gather(located, inverse_N)
+        ticket = None
+        if needs_grad:
+            ticket = Ticket(located.step)
+            self._tickets.add(ticket)
+        return out_ND, rows_U, inverse_N, ticket
+
+    def _fetch(self, rows_U: np.ndarray) -> Located:
+        # A forked child must not evict: it could not store what it evicts.
+        admit = self.table.may_write or self.table.mode == "r"
+        return self.cache.fetch(rows_U, protect_step=self._protect_step(), admit=admit)
+
+    def _protect_step(self) -> int | None:
+        steps = [ticket.step for ticket in self._tickets]
+        if self.pending.oldest_step is not None:
+            steps.append(self.pending.oldest_step)
+        return min(steps, default=None)
+
+    # -- backward -------------------------------------------------------------------------------------------
+
+    def add_gradient(self, gradient: RowGradient) -> None:
+        """Take the gradient of one forward.
+
+        Raises:
+            NoOptimizer: nobody would ever apply it.
+        """
+        if self.attached is None:
+            raise NoOptimizer(
+                f"a gradient reached {self.table.path}, but no bigembed optimizer is attached to it, so it would be "
+                "lost. Make one first (opt = bigembed.optim.Adagrad(emb, lr=...); torch's own optimizers cannot update "
+                "rows on disk), or freeze the table with emb.requires_grad_(False)."
+            )
+        self.pending.add(gradient)
+
+    def drop_pending(self) -> None:
+        self.pending.drop()
+
+    # -- step -----------------------------------------------------------------------------------------------
+
+    @property
+    def attached(self) -> "TableOptimizer | None":
+        """The optimizer that trains this table."""
+        return self._optimizer() if self._optimizer is not None else None
+
+    def attach(
+        self,
+        optimizer: "TableOptimizer",
+        columns: Callable[[int, dict[str, Any]], tuple[StateColumns, ...]],
+        group: dict[str, Any],
+        reset: bool,
+    ) -> None:
+        """Let `optimizer` train this table from now on; its state columns are made, or found as it left them."""
+        spec = self.table.spec
+        state = columns(spec.dim, group)
+        shape = [(block.name, block.width) for block in state]
+        as_it_was = spec.owner == optimizer.rule and [(b.name, b.width) for b in spec.state] == shape
+        untouched = not state and spec.owner is None  # a rule without state leaves reserved columns alone
+        if reset or not (as_it_was or untouched):
+            owner = optimizer.rule if state else None
+            with tqdm(total=None, desc=f"state columns for {optimizer.rule}", disable=None, leave=False) as bar:
+                self.table.set_state(owner, state, reset=reset, progress=lambda done, total: _show(bar, done, total))
+        self.table.check_writable()
+        self._optimizer = weakref.ref(optimizer)
+
+    def step(self, optimizer: "TableOptimizer", group: dict[str, Any]) -> None:
+        """Update the pending rows, weight and state, in the cache; rows without room there go to the journal."""
+        if self.attached is not optimizer:
+            raise NoOptimizer(
+                f"this {type(optimizer).__name__} no longer trains {self.table.path}: "
+                f"{type(self.attached).__name__} took it over. Step that one."
+            )
+        found = self.pending.current()
+        if found is None:
+            return
+        gradient, scale = found
+        with self.table.mutex:
+            self.table.safe_point(len(gradient.rows_U))
+            located = self._fetch(gradient.rows_U)
+            steps = int(self.table.scalars.get("step", 0)) + 1
+            kernel, args = optimizer._kernel(group, steps)
+            self.table.scalars = {"rule": optimizer.rule, "step": steps, **_plain(group)}
+            signed = -scale if group.get("maximize") else scale
+            self.cache.update(located, kernel, gradient.sums_UD, np.float32(signed), *args, count_grain=256)
+
+    def stats(self) -> dict[str, Any]:
+        """The table's stats, with the pending gradient's bytes."""
+        stats = self.table.stats()
+        stats["pending"]["gradient_bytes"] = self.pending.memory_bytes
+        return stats
+
+
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    """A group's hyperparameters in the form a commit record can hold."""
+    plain: dict[str, Any] = {}
+    for name, value in group.items():
+        if isinstance(value, torch.Tensor):
+            value = value.item()
+        if name != "params" and isinstance(value, int | float | bool | str | list | tuple | None):
+            plain[name] = list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+def _show(bar: Any, done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
+
+
+def _call(method: "weakref.WeakMethod[Any]") -> None:
+    function = method()
+    if function is not None:
+        function()
+
+
+def trainable_of(table: Table, cache_bytes: int, cache_rows: int | None = None) -> TrainableTable:
+    """The one TrainableTable of a table in this process; made at the first call, whose cache sizes count."""
+    known = _trainables.get(id(table))
+    if known is None or known.table is not table:
+        known = TrainableTable(table, cache_bytes, cache_rows)
+        _trainables[id(table)] = known
+    return known
+
+
+_trainables: "weakref.WeakValueDictionary[int, TrainableTable]" = weakref.WeakValueDictionary()
