@@ -153,3 +153,187 @@ class RowCache:
 
     def refresh(self, rows_M, values_ME):
         self.stored_VE[rows_M] = self.newest_VE[rows_M] = values_ME
+
+
+# --- initial values and records
+
+
+def uniform_01(seed, rows_M, dim):
+    mix = np.array([[mix64((mix64(seed) + int(row) * 0x9E3779B97F4A7C15) & _M64)] for row in rows_M], np.uint64)
+    x = mix + np.arange(1, dim + 1, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95)  # modulo 2**64
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    bits = (x ^ (x >> np.uint64(31))) >> np.uint64(11)
+    return (bits.astype(np.float64) + 0.5) * 2.0**-53
+
+
+def log_01(p):
+    m, exponent = np.frexp(p)
+    low = m < np.sqrt(0.5)
+    m, exponent = np.where(low, m * 2.0, m), exponent - low
+    s = (m - 1.0) / (m + 1.0)
+    return exponent * 0.6931471805599453 + 2.0 * s * _horner([1.0 / (2 * k + 1) for k in range(10, -1, -1)], s * s)
+
+
+def _horner(coefficients, r):
+    total = np.zeros_like(r)
+    for c in coefficients:
+        total = total * r + c
+    return total
+
+
+_CENTRE = (
+    [2509.0809287301226727, 33430.575583588128105, 67265.770927008700853, 45921.953931549871457]
+    + [13731.693765509461125, 1971.5909503065514427, 133.14166789178437745, 3.387132872796366608],
+    [5226.495278852854561, 28729.085735721942674, 39307.89580009271061, 21213.794301586595867]
+    + [5394.1960214247511077, 687.1870074920579083, 42.313330701600911252, 1.0],
+)
+_SHOULDER = (
+    [7.7454501427834140764e-4, 0.0227238449892691845833, 0.24178072517745061177, 1.27045825245236838258]
+    + [3.64784832476320460504, 5.7694972214606914055, 4.6303378461565452959, 1.42343711074968357734],
+    [1.05075007164441684324e-9, 5.475938084995344946e-4, 0.0151986665636164571966, 0.14810397642748007459]
+    + [0.68976733498510000455, 1.6763848301838038494, 2.05319162663775882187, 1.0],
+)
+_TAIL = (
+    [2.01033439929228813265e-7, 2.71155556874348757815e-5, 0.0012426609473880784386, 0.026532189526576123093]
+    + [0.29656057182850489123, 1.7848265399172913358, 5.4637849111641143699, 6.6579046435011037772],
+    [2.04426310338993978564e-15, 1.4215117583164458887e-7, 1.8463183175100546818e-5, 7.868691311456132591e-4]
+    + [0.0148753612908506148525, 0.13692988092273580531, 0.59983220655588793769, 1.0],
+)
+
+
+def normal_quantile(p):
+    q = p - 0.5
+    r = 0.180625 - q * q
+    centre = q * _horner(_CENTRE[0], r) / _horner(_CENTRE[1], r)
+    r = np.sqrt(-log_01(np.where(q < 0, p, 1.0 - p)))
+    shoulder = _horner(_SHOULDER[0], r - 1.6) / _horner(_SHOULDER[1], r - 1.6)
+    tail = _horner(_TAIL[0], r - 5.0) / _horner(_TAIL[1], r - 5.0)
+    outer = np.where(r <= 5.0, shoulder, tail)
+    return np.where(np.abs(q) <= 0.425, centre, np.where(q < 0, -outer, outer))
+
+
+def fill_initial(spec, rows_M):
+    """float32 (M, E): the initial weight and state of rows."""
+    weight_MD = np.full((len(rows_M), spec.dim), spec.init.a)
+    if spec.init.kind == "uniform":
+        weight_MD += (spec.init.b - spec.init.a) * uniform_01(spec.seed, rows_M, spec.dim)
+    elif spec.init.kind == "normal":
+        weight_MD += spec.init.b * normal_quantile(uniform_01(spec.seed, rows_M, spec.dim))
+    if spec.padding_idx is not None:
+        weight_MD[np.asarray(rows_M) == spec.padding_idx] = 0.0
+    state_MK = np.broadcast_to(np.array(spec.state_initial, np.float64), (len(rows_M), spec.state_dim))
+    return np.concatenate([weight_MD, state_MK], axis=1).astype(np.float32)
+
+
+def record_check(spec, row, words):
+    """The check of one record, from its words before the check."""
+    total = 0
+    for w, word in enumerate(words):
+        total += (mix64((spec.salt + (w + 1) * 0x9E3779B97F4A7C15) & _M64) | 1) * int(word)
+    check = mix64(mix64(row ^ spec.salt) ^ (total & _M64)) >> 32
+    return check or 1
+
+
+# --- storage
+
+
+class RowIndex:
+    """A dict."""
+
+    def __init__(self):
+        self.places = {}
+
+    def find(self, rows_M):
+        return [self.places.get(int(row), -1) for row in rows_M]
+
+    def put(self, rows_M, places_M):
+        before = self.find(rows_M)
+        self.places.update(zip(rows_M.tolist(), places_M.tolist(), strict=True))
+        return before
+
+
+class Table:
+    """Every row's newest values, and those of the last commit and of the last explicit one, as plain arrays."""
+
+    def __init__(self, spec, initial_VE):
+        self.dim, self.initial_VE = spec.dim, initial_VE  # of as many rows as the table may ever have
+        self.now_VE = self.initial_VE[: spec.num_rows].copy()
+        self.head_VE = self.retained_VE = self.now_VE.copy()
+        self.has_changes = False
+
+    def write(self, rows_N, values_ND):
+        for n, row in enumerate(rows_N):
+            self.now_VE[row, : values_ND.shape[1]] = values_ND[n]
+            self.has_changes = True
+
+    def grow(self, num_rows):
+        self.now_VE = np.concatenate([self.now_VE, self.initial_VE[len(self.now_VE) : num_rows]])
+        self.has_changes = True
+
+    def commit(self, explicit=True):
+        self.head_VE, self.has_changes = self.now_VE.copy(), False
+        if explicit:
+            self.retained_VE = self.head_VE
+
+    def rollback(self, to_retained):
+        if to_retained:
+            self.head_VE = self.retained_VE
+        self.now_VE, self.has_changes = self.head_VE.copy(), False
+
+    def set_state(self, state_initial):
+        def with_state(values_VE):
+            state_VK = np.broadcast_to(np.array(state_initial, np.float32), (len(values_VE), len(state_initial)))
+            return np.concatenate([values_VE[:, : self.dim], state_VK], axis=1)
+
+        self.initial_VE, self.now_VE = with_state(self.initial_VE), with_state(self.now_VE)
+        self.commit()
+
+
+# --- optimizer rules, in float32: row u is rows_SE[slots_U[u]], weight first; g is sums_UD[u] * scale
+
+
+def sgd(rows_SE, slots_U, sums_UD, scale, lr):
+    for slot, sum_D in zip(slots_U, sums_UD, strict=True):
+        for d, g in enumerate(sum_D * np.float32(scale)):
+            rows_SE[slot, d] -= np.float32(lr) * g
+
+
+def adagrad(rows_SE, slots_U, sums_UD, scale, lr, eps):
+    lr, eps, dim = np.float32(lr), np.float32(eps), sums_UD.shape[1]
+    for slot, sum_D in zip(slots_U, sums_UD, strict=True):
+        for d, g in enumerate(sum_D * np.float32(scale)):
+            rows_SE[slot, dim + d] += g * g
+            rows_SE[slot, d] -= lr * (g / (np.sqrt(rows_SE[slot, dim + d]) + eps))
+
+
+def rowwise_adagrad(rows_SE, slots_U, sums_UD, scale, lr, eps):
+    lr, eps, dim = np.float32(lr), np.float32(eps), sums_UD.shape[1]
+    for slot, sum_D in zip(slots_U, sums_UD, strict=True):
+        g_D, total = sum_D * np.float32(scale), np.float32(0)
+        for g in g_D:
+            total = total + g * g
+        rows_SE[slot, dim] += total / np.float32(dim)
+        rate = lr / (np.sqrt(rows_SE[slot, dim]) + eps)
+        for d, g in enumerate(g_D):
+            rows_SE[slot, d] -= rate * g
+
+
+def adam(rows_SE, slots_U, sums_UD, scale, rate, one_minus_beta1, one_minus_beta2, eps):
+    rate, eps, dim = np.float32(rate), np.float32(eps), sums_UD.shape[1]
+    for slot, sum_D in zip(slots_U, sums_UD, strict=True):
+        for d, g in enumerate(sum_D * np.float32(scale)):
+            m, v = rows_SE[slot, dim + d], rows_SE[slot, 2 * dim + d]
+            m = m + (g - m) * np.float32(one_minus_beta1)
+            v = v + (g * g - v) * np.float32(one_minus_beta2)
+            rows_SE[slot, dim + d], rows_SE[slot, 2 * dim + d] = m, v
+            rows_SE[slot, d] -= rate * (m / (np.sqrt(v) + eps))
+
+
+def scale_rows(sums_UD, scale):
+    for u in range(len(sums_UD)):
+        sums_UD[u] = sums_UD[u] * np.float32(scale)
+
+
+def row_squares(sums_UD):
+    return np.array([sum((float(g) * float(g) for g in row), 0.0) for row in sums_UD], np.float64)

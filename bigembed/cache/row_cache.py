@@ -30,8 +30,8 @@ class RowSource(Protocol):
     @property
     def spec(self) -> TableSpec: ...
 
-    def fetch_rows(self, rows_M: np.ndarray, out_ME: np.ndarray) -> None:
-        """Write the newest stored values of these rows (int64, ascending, distinct) into out_ME (float32)."""
+    def fetch_rows(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None:
+        """Fill values_ME (float32) with the newest stored values of these rows (int64, ascending, distinct)."""
 
     def append_rows(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None:
         """Store changed rows (ascending, distinct), all or none of them; must not keep the arrays."""

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from bigembed.errors import BigembedError, InvalidArgument
+from bigembed.errors import InvalidArgument
 from bigembed.init import InitialValues
 from bigembed.nn.autograd import look_up
 from bigembed.nn.ids import checked_ids
 from bigembed.nn.weight import WeightView
 from bigembed.optim.trainable import TrainableTable, trainable_of
+from bigembed.storage.create import checked_integer
 from bigembed.storage.opened import open_shared
 from bigembed.storage.table import Table
 
@@ -22,8 +23,8 @@ DEFAULT_CACHE_BYTES = 256 << 20
 SMALL_TABLE_ROW_BYTES = 512  # beside a row's weights: state, and a quarter of the budget is enough index for every row
 
 
-class PaddingOutOfRange(BigembedError, AssertionError):
-    """padding_idx is not a row (torch raises AssertionError for this too)."""
+class InvalidEmbedding(InvalidArgument, AssertionError):
+    """padding_idx is not a row, or given rows have the wrong shape (torch raises AssertionError for these)."""
 
 
 class Embedding(nn.Module):
@@ -80,9 +81,11 @@ class Embedding(nn.Module):
         journal_bytes: int = 1 << 30,
     ) -> None:
         _check_supported(max_norm, scale_grad_by_freq, device, dtype)
+        num_embeddings = checked_integer("num_embeddings", num_embeddings)
+        embedding_dim = checked_integer("embedding_dim", embedding_dim)
         padding_idx = _checked_padding(padding_idx, num_embeddings)
         if _weight is not None and list(_weight.shape) != [num_embeddings, embedding_dim]:
-            raise InvalidArgument(
+            raise InvalidEmbedding(
                 f"_weight has shape {tuple(_weight.shape)}; ({num_embeddings}, {embedding_dim}) was expected."
             )
         if seed is None:
@@ -95,10 +98,10 @@ class Embedding(nn.Module):
             embedding_dim,
             init=init,
             seed=seed,
-            padding_idx=padding_idx if _weight is None else None,
+            padding_idx=padding_idx,
             is_temporary=path is None,
             journal_bytes=journal_bytes,
-            index_bytes=budget // 4,
+            index_bytes=max(1, budget // 4),
         )
         self._become(trainable_of(table, budget), padding_idx, sparse)
         if _weight is not None:
@@ -175,7 +178,7 @@ class Embedding(nn.Module):
         else:
             given = embeddings if isinstance(embeddings, torch.Tensor) else torch.from_numpy(np.asarray(embeddings))
             if given.dim() != 2:
-                raise InvalidArgument(f"Embeddings parameter is expected to be 2-dimensional, not {given.dim()}.")
+                raise InvalidEmbedding(f"Embeddings parameter is expected to be 2-dimensional, not {given.dim()}.")
             rows, dim = given.shape
             module = cls(rows, dim, padding_idx, sparse=sparse, _weight=given, path=path, cache_bytes=cache_bytes)
         module.handle.requires_grad_(not freeze)
@@ -258,9 +261,10 @@ def _check_supported(max_norm: Any, scale_grad_by_freq: bool, device: Any, dtype
 def _checked_padding(padding_idx: int | None, num_rows: int) -> int | None:
     if padding_idx is None:
         return None
-    if not -num_rows <= padding_idx < num_rows:
-        raise PaddingOutOfRange(
-            f"Padding_idx must be within num_embeddings: {padding_idx} is not a row of {num_rows} rows."
+    if not -num_rows <= checked_integer("padding_idx", padding_idx) < num_rows:
+        raise InvalidEmbedding(
+            f"Padding_idx must be within num_embeddings: {padding_idx} is not a row of {num_rows} rows. Use "
+            f"{-num_rows} to {num_rows - 1}, or None."
         )
     return padding_idx % num_rows
 

@@ -10,10 +10,16 @@ from bigembed.errors import BigembedError, InvalidArgument
 from bigembed.optim.trainable import TrainableTable
 
 STREAM_BYTES = 16 << 20
+_OPERATORS = ("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+IN_PLACE_OPERATORS = frozenset(["__setitem__", *(f"__i{name}__" for name in _OPERATORS)])
 
 
 class WeightUseError(BigembedError, TypeError):
     """An operation on `weight` that would need the whole matrix in memory."""
+
+
+class WeightAttributeError(WeightUseError, AttributeError):
+    """As WeightUseError, for an attribute of a tensor."""
 
 
 class RowsCopy(torch.Tensor):
@@ -21,16 +27,27 @@ class RowsCopy(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
-        harmless = name in ("requires_grad_", "__index__", "__int__", "__invert__")
-        if in_place and not harmless and args and isinstance(args[0], RowsCopy):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        target = args[0] if args else next(iter(kwargs.values()), None)
+        is_copy = isinstance(target, RowsCopy)
+        in_place = name in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+        if is_copy and (in_place or kwargs.get("inplace")) and name != "requires_grad_":
             raise InvalidArgument(
                 f"{name} would change a copy of the rows, not the table. Use weight[ids] = values, or clone() first."
             )
         with torch._C.DisableTorchFunctionSubclass():
-            plain = [a.as_subclass(torch.Tensor) if isinstance(a, RowsCopy) else a for a in args]
-            return func(*plain, **(kwargs or {}))
+            result = func(*args, **kwargs)
+            return _views_protected(result, target.untyped_storage().data_ptr()) if is_copy else result
+
+
+def _views_protected(result: Any, memory: int) -> Any:
+    """The result of an operation on a RowsCopy; views of the same memory are RowsCopy too."""
+    if isinstance(result, tuple | list):
+        return type(result)(_views_protected(part, memory) for part in result)
+    is_view = type(result) is torch.Tensor and result.layout == torch.strided
+    if is_view and result.untyped_storage().data_ptr() == memory:
+        return result.as_subclass(RowsCopy)
+    return result
 
 
 class WeightView:
@@ -91,16 +108,21 @@ class WeightView:
         if isinstance(key, slice):
             return np.arange(*key.indices(num_rows))
         rows = np.asarray(key)
+        if isinstance(key, list) and not rows.size:
+            rows = rows.astype(np.int64)  # an empty list has no dtype of its own
         if rows.dtype == np.bool_:
             if rows.shape != (num_rows,):
                 raise InvalidArgument(f"a mask of shape {rows.shape} does not select from {num_rows} rows.")
             return np.flatnonzero(rows)
-        if rows.dtype.kind in "i":
-            rows = np.where(rows < 0, rows + num_rows, rows)
+        if rows.dtype.kind == "i":
+            rows = rows.astype(np.int64)
+            rows[(rows < 0) & (rows >= -num_rows)] += num_rows
         return rows
 
     def __getitem__(self, key: Any) -> torch.Tensor:
         """A copy of rows, with the shape that a tensor's `weight[key]` would have; columns may follow a comma."""
+        if isinstance(key, tuple) and len(key) != 2:
+            raise InvalidArgument(f"weight has 2 dimensions, {len(key)} indices were given; use weight[rows, columns].")
         key, columns = key if isinstance(key, tuple) else (key, slice(None))
         rows = torch.from_numpy(self._trainable.table.read(self._rows(key)))[..., columns]
         return rows.as_subclass(RowsCopy)
@@ -112,10 +134,11 @@ class WeightView:
                 "weight[rows, columns] = ... is not supported; write whole rows: weight[rows] = values."
             )
         rows = self._rows(key)
-        given = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values, np.float32)
+        is_tensor = isinstance(values, torch.Tensor)
+        given = values.detach().to("cpu", torch.float32).numpy() if is_tensor else np.asarray(values, np.float32)
         wanted = (*rows.shape, self.shape[1])
         try:
-            spread = np.broadcast_to(given.astype(np.float32, copy=False), wanted)
+            spread = np.broadcast_to(given, wanted)
         except ValueError as error:
             raise InvalidArgument(f"values have shape {given.shape}; {wanted} was expected.") from error
         self._trainable.table.write(rows.reshape(-1), spread.reshape(-1, self.shape[1]))
@@ -123,7 +146,10 @@ class WeightView:
     # -- filling --------------------------------------------------------------------------------------------
 
     def normal_(self, mean: float = 0.0, std: float = 1.0, *, generator: Any = None) -> "WeightView":
-        """Every row from N(mean, std^2): free on a table without written rows, otherwise all are written."""
+        """Every row from N(mean, std^2): free on a table without written rows, otherwise all are written.
+
+        The table's padding row becomes zeros all the same.
+        """
         return self._fill(init.normal(mean, std), lambda n: torch.empty(n).normal_(mean, std, generator=generator))
 
     def uniform_(self, a: float = 0.0, b: float = 1.0, *, generator: Any = None) -> "WeightView":
@@ -140,11 +166,15 @@ class WeightView:
 
     def _fill(self, distribution: init.InitialValues, draw: Any) -> "WeightView":
         table = self._trainable.table
+        padding_idx = table.spec.padding_idx
         if not table.has_rows:
-            table.set_init(distribution)
-        else:
-            for first, last in self._blocks():
-                table.write(np.arange(first, last), draw((last - first, self.shape[1])).numpy())
+            table.set_init(distribution, padding_idx)
+            return self
+        for first, last in self._blocks():
+            drawn = draw((last - first, self.shape[1]))
+            if padding_idx is not None and first <= padding_idx < last:
+                drawn[padding_idx - first] = 0.0
+            table.write(np.arange(first, last), drawn.numpy())
         return self
 
     def copy_(self, source: Any) -> "WeightView":
@@ -159,13 +189,30 @@ class WeightView:
         step = max(1, STREAM_BYTES // (4 * self.shape[1]))
         return [(first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step)]
 
+    # -- not a tensor ---------------------------------------------------------------------------------------
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
         if getattr(func, "__module__", "") == "torch.nn.init":  # these end in normal_, uniform_, fill_ or zero_
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        raise WeightUseError(
-            f"{name} needs the whole weight in memory, and this one is on disk. Look rows up with emb(ids) or "
-            "emb.weight[ids]; for a small table emb.to_nn_embedding() gives a plain nn.Embedding."
-        )
+        raise WeightUseError(_needs_all(name))
+
+    def _refuse(self, *_: Any) -> Any:
+        raise WeightUseError(_needs_all("arithmetic"))
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
+    __matmul__ = __rmatmul__ = __pow__ = __neg__ = __iadd__ = __isub__ = __imul__ = __itruediv__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(torch.Tensor, name):
+            raise AttributeError(f"'WeightView' object has no attribute {name!r}")
+        raise WeightAttributeError(_needs_all(name))
+
+
+def _needs_all(name: str) -> str:
+    return (
+        f"{name} needs the whole weight in memory, and this one is on disk. Look rows up with emb(ids) or "
+        "emb.weight[ids]; for a small table emb.to_nn_embedding() gives a plain nn.Embedding."
+    )

@@ -32,16 +32,33 @@ class TableOptimizer(torch.optim.Optimizer):
 
     def __init__(self, modules: Any, defaults: dict[str, Any], reset_state: bool) -> None:
         self._tables: dict[int, TrainableTable] = {}
-        groups = modules if isinstance(modules, list | tuple) and modules and isinstance(modules[0], dict) else None
-        if groups is None:
-            params: Any = self._handles(modules)
-        else:
-            params = [{**group, "params": self._handles(group["params"])} for group in groups]
-        super().__init__(params, defaults)
-        for group in self.param_groups:
-            self._check(group)
+        self._reset_state = reset_state
+        self._attached_groups = 0
+        is_groups = isinstance(modules, list | tuple) and modules and isinstance(modules[0], dict)
+        super().__init__(modules if is_groups else [{"params": modules}], defaults)
+        self._attach()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Train more tables: {"params": modules, "lr": ...}, modules as in the constructor."""
+        super().add_param_group({**param_group, "params": self._handles(param_group["params"])})
+        if self._attached_groups:
+            self._attach()
+
+    def _attach(self) -> None:
+        """Take over the tables of the groups that are new: all of them, or none."""
+        new = self.param_groups[self._attached_groups :]
+        try:
+            for group in new:
+                self._check(group)
+                for handle in group["params"]:
+                    self._tables[id(handle)].check_attachable(self.rule, self._reset_state)
+        except BaseException:
+            del self.param_groups[self._attached_groups :]
+            raise
+        for group in new:
             for handle in group["params"]:
-                self._tables[id(handle)].attach(self, self._state_columns, group, reset_state)
+                self._tables[id(handle)].attach(self, self._state_columns, group, self._reset_state)
+        self._attached_groups = len(self.param_groups)
 
     def _handles(self, modules: Any) -> list[nn.Parameter]:
         """The handles of the tables in `modules`, each once."""

@@ -50,29 +50,28 @@ class PendingGradient:
         self._handle = handle
         self._kept: RowGradient | None = None
         self._norm_shown = 0.0
-        self._incoming: list[RowGradient] = []
-        self._incoming_pass = -1
-        self._had_grad = False
+        self._incoming: dict[int, list[RowGradient]] = {}  # by autograd's number of the backward pass
 
     def add(self, gradient: RowGradient) -> None:
         """Take a gradient during a backward pass; it counts once autograd reaches the handle.
 
         A pass that fails before that leaves nothing, as it leaves no `.grad` in a dense parameter.
         """
-        this_pass = torch._C._current_graph_task_id()
-        if this_pass != self._incoming_pass:
-            self._incoming, self._incoming_pass = [], this_pass
-            self._had_grad = self._handle.grad is not None
-        self._incoming.append(gradient)
+        if self._handle.grad is None:
+            self._kept, self._norm_shown = None, 0.0
+        self._incoming.setdefault(torch._C._current_graph_task_id(), []).append(gradient)
 
     def arrived(self) -> None:
         """Autograd has reached the handle: merge what the pass brought, and show the norm in the handle's grad."""
-        incoming, self._incoming, self._incoming_pass = self._incoming, [], -1
-        if not incoming:
+        this_pass = torch._C._current_graph_task_id()
+        incoming = self._incoming.pop(this_pass, None)
+        # Lower numbers may be passes that this one runs inside of (reentrant checkpoints); higher ones have failed.
+        self._incoming = {number: kept for number, kept in self._incoming.items() if number < this_pass}
+        if incoming is None:
             return
         grad = self._handle.grad
         assert grad is not None
-        kept = self._settled(float(grad)) if self._had_grad else None
+        kept = self._settled(float(grad))
         total = incoming[0]
         for gradient in incoming[1:]:
             total = add_gradients(total, gradient)
@@ -109,7 +108,7 @@ class PendingGradient:
         return None if cleared else (self._kept, scale)
 
     def drop(self) -> None:
-        self._kept, self._norm_shown, self._incoming = None, 0.0, []
+        self._kept, self._norm_shown, self._incoming = None, 0.0, {}
 
     @property
     def oldest_step(self) -> int | None:

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bigembed.cache.row_cache import Located, RowCache
-from bigembed.errors import NoOptimizer
+from bigembed.errors import NoOptimizer, StateMismatch, TableClosed
 from bigembed.kernels.grouping import group_by_row
 from bigembed.optim.pending import PendingGradient, RowGradient
 from bigembed.spec import StateColumns
@@ -40,10 +40,11 @@ class TrainableTable:
     def __init__(self, table: Table, cache_bytes: int, cache_rows: int | None = None) -> None:
         self.table = table
         self._cache_bytes, self._cache_rows = cache_bytes, cache_rows
-        self.handle = nn.Parameter(torch.zeros(1), requires_grad=table.mode == "r+")
+        self.handle = nn.Parameter(torch.zeros(1))
         self.pending = PendingGradient(self.handle)
         arrived = weakref.WeakMethod(self.pending.arrived)
         self.handle.register_post_accumulate_grad_hook(lambda _: _call(arrived))
+        self.handle.requires_grad_(table.mode == "r+")
         self._tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
         self._optimizer: weakref.ref[TableOptimizer] | None = None
         self.rebuild_cache()
@@ -78,6 +79,8 @@ class TrainableTable:
         return out_ND, rows_U, inverse_N, ticket
 
     def _fetch(self, rows_U: np.ndarray) -> Located:
+        if self.table.is_closed:  # rows that are still in the cache would be served
+            raise TableClosed(f"{self.table.path} was closed. Open it again with bigembed.Embedding.open.")
         # A forked child must not evict: it could not store what it evicts.
         admit = self.table.may_write or self.table.mode == "r"
         return self.cache.fetch(rows_U, protect_step=self._protect_step(), admit=admit)
@@ -114,6 +117,16 @@ class TrainableTable:
         """The optimizer that trains this table."""
         return self._optimizer() if self._optimizer is not None else None
 
+    def check_attachable(self, rule: str, reset: bool) -> None:
+        """Raises what `attach` would raise, before anything is changed."""
+        self.table.check_writable()
+        owner = self.table.spec.owner
+        if owner not in (None, rule) and not reset:
+            raise StateMismatch(
+                f"the records of {self.table.path} hold the state of {owner}, not of {rule}. Use bigembed.optim's "
+                f"{owner}, or give that state up with reset_state=True."
+            )
+
     def attach(
         self,
         optimizer: "TableOptimizer",
@@ -131,7 +144,6 @@ class TrainableTable:
             owner = optimizer.rule if state else None
             with tqdm(total=None, desc=f"state columns for {optimizer.rule}", disable=None, leave=False) as bar:
                 self.table.set_state(owner, state, reset=reset, progress=lambda done, total: _show(bar, done, total))
-        self.table.check_writable()
         self._optimizer = weakref.ref(optimizer)
 
     def step(self, optimizer: "TableOptimizer", group: dict[str, Any]) -> None:

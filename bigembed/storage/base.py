@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from bigembed.errors import DamagedRow, InvalidArgument
+from bigembed.errors import DamagedRow
 from bigembed.kernels.records import count_and_sum, first_damaged
 from bigembed.spec import TableSpec
 from bigembed.storage import files
@@ -10,6 +10,7 @@ from bigembed.storage.chunks import ChunkFiles
 from bigembed.storage.readers import ColdReader, MappedReader
 from bigembed.storage.record_io import write_records
 
+READERS = ("auto", "cold", "mapped")
 MAPPED_BYTES = 256 << 20  # "auto" maps tables up to this size
 SCAN_BYTES = 8 << 20
 
@@ -22,8 +23,6 @@ class Base:
     """
 
     def __init__(self, table_path: str, spec: TableSpec, reader: str = "auto") -> None:
-        if reader not in ("auto", "cold", "mapped"):
-            raise InvalidArgument(f"reader={reader!r} is unknown; use 'auto', 'cold' or 'mapped'.")
         self.chunks = ChunkFiles(table_path, spec)
         self._spec = spec
         self.is_mapped = reader == "mapped" or (reader == "auto" and spec.num_chunks * spec.chunk_bytes <= MAPPED_BYTES)
@@ -120,7 +119,7 @@ class Base:
         chunk, within = divmod(row, self._spec.chunk_rows)
         return DamagedRow(
             f"row {row} is damaged: its record at byte {within * self._spec.record_bytes} of "
-            f"{self.chunks.path(chunk)} fails its check. Restore the file from a backup, or write the row anew."
+            f"{self.chunks.path(chunk)} fails its check. Restore the file from a backup."
         )
 
     def close(self) -> None:

@@ -1,11 +1,12 @@
 """Making a new table: built aside, renamed into place when whole."""
 
+import operator
 import os
 import secrets
 import time
 from typing import Any
 
-from bigembed.errors import BigembedError, InvalidArgument, StorageFailed, TableExists
+from bigembed.errors import BigembedError, InvalidArgument, TableExists
 from bigembed.init import InitialValues, as_initial_values
 from bigembed.spec import StateColumns, TableSpec, default_chunk_rows
 from bigembed.storage import files, zarr_format
@@ -13,6 +14,18 @@ from bigembed.storage.lock import WriterLock
 from bigembed.storage.superblock import Commit, Superblock
 
 RESERVED = "reserved"
+REPLACED = "replaced"  # the table that a new one takes the place of, until it is removed
+
+
+def checked_integer(name: str, value: Any) -> int:
+    """The value as an int.
+
+    Raises:
+        InvalidArgument: it is none.
+    """
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise InvalidArgument(f"{name} must be an integer, not {value!r}.")
+    return operator.index(value)
 
 
 def new_spec(
@@ -27,8 +40,10 @@ def new_spec(
 ) -> TableSpec:
     """The spec of a fresh table, with a salt of its own."""
     for name, value in {"num_rows": num_rows, "dim": dim, "state_dim": state_dim, "seed": seed}.items():
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise InvalidArgument(f"{name} must be an integer, not {value!r}.")
+        checked_integer(name, value)
+    for name, optional in {"chunk_rows": chunk_rows, "padding_idx": padding_idx}.items():
+        if optional is not None:
+            checked_integer(name, optional)
     if state_dim < 0:
         raise InvalidArgument(f"state_dim must be at least 0, not {state_dim}.")
     record_bytes = 4 * (int(dim) + int(state_dim) + 1)
@@ -41,7 +56,7 @@ def new_spec(
         seed=int(seed),
         salt=secrets.randbits(64),
         chunk_rows=default_chunk_rows(int(num_rows), record_bytes) if chunk_rows is None else int(chunk_rows),
-        padding_idx=padding_idx,
+        padding_idx=None if padding_idx is None else int(padding_idx),
     )
 
 
@@ -53,11 +68,13 @@ def create_table(path: str, overwrite: bool, **facts: Any) -> None:
         TableLocked: the table to overwrite is open for writing.
     """
     spec = new_spec(**facts)
-    replaced = _what_stands_there(path, overwrite)
+    lock = _lock_what_stands_there(path, overwrite)
     aside = f"{path}.new-{secrets.token_hex(4)}"
     parent = os.path.dirname(path)
-    os.makedirs(parent, exist_ok=True)
+    replaced = os.path.join(aside, REPLACED)
     try:
+        with files.operation("mkdir", parent):
+            os.makedirs(parent, exist_ok=True)
         files.make_directory(aside)
         for folder in ("weight", "journal", "undo"):
             files.make_directory(os.path.join(aside, folder))
@@ -66,31 +83,38 @@ def create_table(path: str, overwrite: bool, **facts: Any) -> None:
         Superblock.fresh(spec.num_chunks, birth).write(aside)
         files.File(os.path.join(aside, "lock"), files.WRITE).close()
         files.sync_directory(aside)
-        if replaced is not None:
-            replaced()
+        if lock is not None:
+            files.rename(path, replaced)
         files.rename(aside, path)
     except BaseException:
+        if os.path.lexists(replaced):
+            files.rename(replaced, path)
         files.remove_tree(aside)
         raise
+    finally:
+        if lock is not None:
+            lock.release()
     files.sync_directory(parent)
+    files.remove_tree(os.path.join(path, REPLACED))
 
 
-def _what_stands_there(path: str, overwrite: bool) -> Any:
-    """None when the path is free, or a function that clears the table there away."""
+def _lock_what_stands_there(path: str, overwrite: bool) -> WriterLock | None:
+    """None when the path is free, or the writer's lock of the table there: nobody else may open it meanwhile."""
     if not os.path.lexists(path):
         return None
     if not overwrite:
         raise TableExists(f"{path} exists. Open it with Table.open, choose another path, or pass overwrite=True.")
     try:
         zarr_format.read_metadata(path)
-    except (BigembedError, StorageFailed) as error:
+    except BigembedError as error:
         raise TableExists(f"{path} exists and is not a table, so it is not overwritten: {error}") from error
+    return WriterLock(path)
 
-    def remove() -> None:
-        lock = WriterLock(path)  # refuses while somebody writes it
-        old = f"{path}.old-{secrets.token_hex(4)}"
-        files.rename(path, old)
-        files.remove_tree(old)
-        lock.release()
 
-    return remove
+def remove_leftovers(path: str) -> None:
+    """Remove what replacing a file or the table itself left behind when it was interrupted; for the writer."""
+    files.remove_tree(os.path.join(path, REPLACED))
+    for folder in (path, os.path.join(path, "weight")):
+        for name in os.listdir(folder):
+            if name.endswith(".new"):
+                files.unlink(os.path.join(folder, name))

@@ -144,6 +144,8 @@ def make_directory(path: str) -> None:
 
 def remove_tree(path: str) -> None:
     """Remove a directory and what is in it; symbolic links are removed, never followed."""
+    if os.path.islink(path):
+        unlink(path)
     if not os.path.isdir(path):
         return
     for name in os.listdir(path):

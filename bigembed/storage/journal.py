@@ -176,6 +176,7 @@ class Journal:
         records_MW = np.empty_like(found_MW)
         records_MW[order] = found_MW
         damaged = [m for m in threads.run(first_damaged, len(order), rows_M, records_MW, keys_W) if m >= 0]
+        damaged.extend(np.flatnonzero(records_MW[:, -1] == 0)[:1].tolist())  # a lost page: none is appended unwritten
         if damaged:
             m = damaged[0]
             path = self._files[int(places_M[m] >> OFFSET_BITS)].path
@@ -258,6 +259,11 @@ class Journal:
             files.sync_directory(self._folder)
 
     # -- accounts -------------------------------------------------------------------------------------------
+
+    @property
+    def files(self) -> list[files.File]:
+        """The segments that hold something above the base."""
+        return list(self._files.values())
 
     @property
     def epochs(self) -> list[Epoch]:

@@ -37,6 +37,9 @@ class WriterLock:
             raise TableLocked(
                 f"{table_path} is open for writing by {holder}. Close it there, or open it here with mode='r'."
             ) from error
+        if not self._is_current(table_path):
+            self._file.close()
+            raise TableLocked(f"{table_path} was replaced while it was opened. Open it again.")
         name = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -46,6 +49,12 @@ class WriterLock:
         with contextlib.suppress(OSError):  # only advice: a full disk must not stop an open
             content = json.dumps(name).encode().ljust(512)
             self._file.pwrite(content[:512], 0)
+
+    def _is_current(self, table_path: str) -> bool:
+        """Whether the file we locked is the one at the path: a table may be overwritten between open and flock."""
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._file.fd), os.stat(os.path.join(table_path, "lock")))
+        return False
 
     def _holder(self) -> str:
         try:

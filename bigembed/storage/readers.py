@@ -97,6 +97,10 @@ class MappedReader:
         if chunk not in self._maps:
             file = files.File(self._chunks.path(chunk), files.READ)
             try:
+                if file.size_bytes() != self._chunks.spec.chunk_bytes:
+                    raise files.StorageFailed(
+                        5, f"{file.path} has {file.size_bytes()} bytes, not {self._chunks.spec.chunk_bytes}"
+                    )
                 with files.operation("map", file.path):
                     whole = mmap.mmap(file.fd, file.size_bytes(), mmap.MAP_SHARED, mmap.PROT_READ)
             finally:

@@ -56,10 +56,11 @@ def rewrite_state(store: RecordStore, spec: TableSpec, progress: Progress | None
         superblock.write(aside)
         files.sync_directory(os.path.join(aside, "weight"))
         files.sync_directory(aside)
+        files.rename(aside, store.folder(READY))
     except BaseException:
         files.remove_tree(aside)
         raise
-    files.rename(aside, store.folder(READY))
+    store.is_sound = False  # until it is in place: what is in memory are the old records
     files.sync_directory(store.path)
     store.close()
     finish_rewrite(store.path)

@@ -71,18 +71,32 @@ class SegmentWriter:
         self.file = files.File(path, files.WRITE | os.O_EXCL)
         header = _HEADER.pack(kind, FORMAT_VERSION, spec.record_bytes, sequence, self._salt, generation, spec.salt)
         self._chain = zlib.crc32(header)
-        self.file.pwrite(header + struct.pack("<I4x", self._chain), 0)
-        files.sync_directory(folder)
+        try:
+            self.file.pwrite(header + struct.pack("<I4x", self._chain), 0)
+            files.sync_directory(folder)
+        except BaseException:
+            self.file.close()
+            raise
         self.end = HEADER_BYTES
 
-    def append_rows(self, rows_M: np.ndarray, records_MW: np.ndarray, check_sum: int) -> int:
-        """Append records of distinct rows; returns the offset of the first record."""
+    def append_rows(
+        self, rows_M: np.ndarray, records_MW: np.ndarray, check_sum: int, records_first: bool = False
+    ) -> int:
+        """Append records of distinct rows; returns the offset of the first record.
+
+        With `records_first` they are durable before the head is written: then a valid head vouches for them.
+        """
         ids = np.ascontiguousarray(rows_M, "<i8").tobytes()
         records_offset = self.end + FRAME_BYTES + len(ids)
         records = memoryview(np.ascontiguousarray(records_MW, "<u4")).cast("B")
         head, chain = self._frame_head(ROWS, len(rows_M), check_sum, ids)
-        self.file.pwrite(head + ids, self.end)
-        self.file.pwrite(records, records_offset)
+        if records_first:
+            self.file.pwrite(records, records_offset)
+            self.file.sync()
+            self.file.pwrite(head + ids, self.end)
+        else:
+            self.file.pwrite(head + ids, self.end)
+            self.file.pwrite(records, records_offset)
         self._advance(_padded(records_offset + len(records)), chain)
         return records_offset
 

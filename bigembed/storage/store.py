@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from bigembed import threads
-from bigembed.errors import DamagedTable, PoisonedTable, ReadOnlyTable, StorageFailed
+from bigembed.errors import BigembedError, DamagedTable, PoisonedTable, ReadOnlyTable, StateMismatch, StorageFailed
 from bigembed.kernels.initial import initial_rows
 from bigembed.kernels.records import check_keys, seal, unseal
-from bigembed.storage import upkeep, zarr_format
+from bigembed.storage import files, upkeep, zarr_format
 from bigembed.storage.base import Base
 from bigembed.storage.journal import Journal
 from bigembed.storage.merge import Merge
@@ -25,6 +25,7 @@ from bigembed.storage.undo import Undo
 STAGING_BYTES = 16 << 20
 INDEX_BYTES_PER_ROW = 64  # active index 21 to 43, while frozen another 16 for its sorted copy
 READER_ROUNDS = 3
+LOAD_ROUNDS = 100
 
 
 @dataclass(frozen=True)
@@ -68,30 +69,55 @@ class RecordStore:
     # -- opening --------------------------------------------------------------------------------------------
 
     def load(self) -> None:
-        """Bring everything in memory to the last commit on disk; uncommitted changes are gone."""
-        for _ in range(100):
-            self.spec, self.is_plain, _ = zarr_format.read_metadata(self.path)
-            self.superblock = Superblock.read(self.path)
-            base, retained = self.superblock.base, self.superblock.retained
+        """Bring everything in memory to the last commit on disk; uncommitted changes are gone.
+
+        A reader starts over when the superblock moved while it looked: segments that it saw may be gone.
+        """
+        self.is_sound = False
+        for left in reversed(range(LOAD_ROUNDS)):
             try:
-                self.journal = Journal(self.folder("journal"), self.spec, base, retained)
-            except (FileNotFoundError, DamagedTable):
-                if not self._base_moved(base):
+                self._load_once()
+                moved = not self.is_writer and self.superblock.encode() != Superblock.read(self.path).encode()
+            except BaseException as error:
+                self.close()
+                if not isinstance(error, FileNotFoundError | BigembedError):
                     raise
-                continue
-            if self.is_writer or not self._base_moved(base):
-                break
-            self.journal.close()
-        self._begin()
+                if self.is_writer or left == 0 or not self._may_have_moved(error):
+                    explained = self._explained(error)
+                    if explained is error:
+                        raise
+                    raise explained from error
+                time.sleep(0.001)
+            else:
+                if not moved:
+                    break
+                self.close()
+        self.is_sound = True
 
-    def _base_moved(self, base: Commit) -> bool:
-        """Another process finished a merge while we looked: segments that we saw may be gone."""
-        return Superblock.read(self.path).base.number != base.number
+    def _may_have_moved(self, error: BaseException) -> bool:
+        """Whether an error may come from a writer that works beside this reader."""
+        if isinstance(error, FileNotFoundError):
+            return True
+        seen = getattr(self, "superblock", None)
+        return seen is None or seen.encode() != Superblock.read(self.path).encode()
 
-    def _begin(self) -> None:
+    def _explained(self, error: BaseException) -> BaseException:
+        if os.path.isdir(self.folder("ready")) and not self.is_writer:
+            return DamagedTable(
+                f"{self.path}: its state columns are being changed, or that was interrupted. Try again when it is "
+                "done, or open the table once with mode='r+' to finish it."
+            )
+        if isinstance(error, FileNotFoundError) and not isinstance(error, BigembedError):
+            return DamagedTable(f"{error.filename} is missing. Restore it from a backup of the table.")
+        return error
+
+    def _load_once(self) -> None:
+        self.spec, self.is_plain, _ = zarr_format.read_metadata(self.path)
+        self.superblock = Superblock.read(self.path)
+        self.journal = Journal(self.folder("journal"), self.spec, self.superblock.base, self.superblock.retained)
         head = self.journal.head
         unfinished = head if head.rollback_to is not None and head.number > self.superblock.base.number else None
-        stored_rows = self.spec.num_rows
+        stored_rows = self.stored_rows = self.spec.num_rows
         self.spec = replace(
             self.spec, num_rows=head.num_rows if unfinished is None else max(stored_rows, head.num_rows)
         )
@@ -111,13 +137,22 @@ class RecordStore:
                     "Try again when it is done, or open the table once with mode='r+' to finish it."
                 )
             return
+        assert self.undo is not None
+        self._make_durable()
         self.journal.remove_stale()
         if unfinished is not None:
             upkeep.finish_rollback(self, unfinished)
-        assert self.undo is not None
         self.undo.remove_stale()
         if self.spec.num_rows != stored_rows:
             self.write_metadata(self.is_plain)
+
+    def _make_durable(self) -> None:
+        """What we found may be in the page cache only, if a process died before its sync: build on nothing less."""
+        for folder in (self.path, self.folder("weight"), self.folder("journal"), self.folder("undo")):
+            files.sync_directory(folder)
+        assert self.undo is not None
+        for file in (*self.journal.files, *self.undo.files):
+            file.sync()
 
     def folder(self, name: str) -> str:
         return os.path.join(self.path, name)
@@ -129,14 +164,15 @@ class RecordStore:
 
     def replace_spec(self, **changes: Any) -> None:
         """Change facts that leave the records' layout as it is; durable at once."""
-        self.spec = replace(self.spec, **changes)
-        self.base.resize(self.spec)
-        self.initial = initial_rows(self.spec)
-        self.write_metadata(self.is_plain)
+        spec = replace(self.spec, **changes)
+        zarr_format.write_metadata(self.path, spec, self.is_plain)
+        self.spec = spec
+        self.base.resize(spec)
+        self.initial = initial_rows(spec)
 
     def write_metadata(self, plain: bool) -> None:
         zarr_format.write_metadata(self.path, self.spec, plain)
-        self.is_plain = plain
+        self.is_plain, self.stored_rows = plain, self.spec.num_rows
 
     # -- reading --------------------------------------------------------------------------------------------
 
@@ -160,6 +196,10 @@ class RecordStore:
                     raise
                 self.close()
                 self.load()
+                if self.spec.row_width != out_ME.shape[1]:
+                    raise StateMismatch(
+                        f"{self.path}: its writer gave the records other state columns. Call refresh()."
+                    ) from None
             else:
                 return
 
@@ -230,17 +270,20 @@ class RecordStore:
             self.undo.start_anew(commit.number)
         else:
             self.counters.auto_commits += 1
-        if parent.num_rows != commit.num_rows:
-            self.write_metadata(self.is_plain)
+        if self.stored_rows != commit.num_rows:
+            self.write_metadata(plain=False)  # rows that nobody published yet
         return commit
 
     def _check_sound(self) -> None:
         if not self.is_writer:
             raise ReadOnlyTable(f"{self.path} is open with mode='r'. Open it with mode='r+' to write.")
-        if self.journal.is_poisoned:
+        self.check_poison()
+
+    def check_poison(self) -> None:
+        if self.is_poisoned:
             raise PoisonedTable(
-                f"{self.path}: a sync of the journal failed, so what is on disk is unknown. Close the table and open "
-                "it again: it will be at its last whole commit."
+                f"{self.path}: a sync of the journal, a rollback or a rewrite failed, so what is on disk is unknown. "
+                "Close the table and open it again: it will be at its last whole commit."
             )
 
     # -- limits ---------------------------------------------------------------------------------------------
@@ -253,8 +296,12 @@ class RecordStore:
         rows = (len(epoch.index) + dirty_rows) / max(1, self.limits.index_bytes // INDEX_BYTES_PER_ROW)
         return max(disk, rows)
 
+    @property
+    def is_poisoned(self) -> bool:
+        """What is in memory may not be what is on disk: only opening anew helps."""
+        return not self.is_sound or self.journal.is_poisoned
+
     def close(self) -> None:
-        self.journal.close()
-        self.base.close()
-        if self.undo is not None:
-            self.undo.close()
+        for part in (self.__dict__.get(name) for name in ("journal", "base", "undo")):
+            if part is not None:
+                part.close()

@@ -26,7 +26,8 @@ from bigembed.errors import (
 from bigembed.init import InitialValues
 from bigembed.spec import StateColumns, TableSpec
 from bigembed.storage import rewrite, upkeep
-from bigembed.storage.create import create_table
+from bigembed.storage.base import READERS
+from bigembed.storage.create import checked_integer, create_table, remove_leftovers
 from bigembed.storage.lock import WriterLock
 from bigembed.storage.rows import checked_rows, last_of_each
 from bigembed.storage.stats import table_stats
@@ -81,6 +82,7 @@ class Table:
         try:
             if mode == "r+":
                 rewrite.finish_rewrite(path)
+                remove_leftovers(path)
             self._store = RecordStore(path, mode == "r+", limits, reader)
         except BaseException:
             if self._lock is not None:
@@ -131,6 +133,7 @@ class Table:
             TableExists: something stands at the path. InvalidArgument: a size or dtype that cannot be.
         """
         where = os.path.abspath(os.fspath(path))
+        _checked_options(**options)
         facts = {
             "num_rows": num_rows,
             "dim": dim,
@@ -169,8 +172,7 @@ class Table:
         """
         if mode not in ("r", "r+"):
             raise InvalidArgument(f"mode={mode!r} is unknown; use 'r' to read or 'r+' to write.")
-        if journal_bytes < 1 or index_bytes < 1:
-            raise InvalidArgument(f"journal_bytes={journal_bytes} and index_bytes={index_bytes} must be positive.")
+        limits = _checked_options(journal_bytes=journal_bytes, index_bytes=index_bytes, reader=reader)
         where = os.path.abspath(os.fspath(path))
         if not os.path.lexists(where):
             raise TableMissing(f"{where} does not exist. Create a table with Table.create(path, num_rows, dim).")
@@ -178,7 +180,7 @@ class Table:
             from bigembed.storage import zarr_format
 
             zarr_format.read_metadata(where)  # says what is there instead of a table
-        return cls(where, mode, Limits(journal_bytes, index_bytes), reader, is_temporary)
+        return cls(where, mode, limits, reader, is_temporary)
 
     # -- facts ----------------------------------------------------------------------------------------------
 
@@ -236,12 +238,13 @@ class Table:
         Raises:
             RowOutOfRange: names the row, its position and the valid range. DamagedRow: names file and row.
         """
-        rows_N = checked_rows(rows, self.spec.num_rows)
-        distinct_M, inverse_N = np.unique(rows_N, return_inverse=True)
-        values_ME = np.empty((len(distinct_M), self.spec.row_width), np.float32)
         with self.mutex:
+            self._check_open()
+            rows_N = checked_rows(rows, self.spec.num_rows)
+            distinct_M, inverse_N = np.unique(rows_N, return_inverse=True)
+            values_ME = np.empty((len(distinct_M), self.spec.row_width), np.float32)
             self._read_newest(distinct_M, values_ME)
-        width = self.spec.row_width if with_state else self.spec.dim
+            width = self.spec.row_width if with_state else self.spec.dim
         return values_ME[inverse_N.reshape(-1), :width].reshape(*np.shape(rows), width)
 
     def write(self, rows: Sequence[int] | np.ndarray, values: Any) -> None:
@@ -254,11 +257,11 @@ class Table:
         Raises:
             RowOutOfRange, InvalidArgument (shape or dtype), ReadOnlyTable, ForkedTable, DiskFull.
         """
-        rows_N = checked_rows(rows, self.spec.num_rows).reshape(-1)
-        values_ND = self._checked_values(values, len(rows_N))
-        rows_M, last_M = last_of_each(rows_N)
         with self.mutex:
             self.check_writable()
+            rows_N = checked_rows(rows, self.spec.num_rows)
+            values_ND = self._checked_values(values, len(rows_N))
+            rows_M, last_M = last_of_each(rows_N)
             self.safe_point(len(rows_M))
             values_ME = np.empty((len(rows_M), self.spec.row_width), np.float32)
             if self.spec.state_dim:
@@ -446,6 +449,7 @@ class Table:
         """
         with self.mutex:
             self.check_writable()
+            num_rows = checked_integer("num_rows", num_rows)
             if num_rows < self.spec.num_rows:
                 raise InvalidArgument(f"cannot grow to {num_rows} rows: the table has {self.spec.num_rows} already.")
             if self._cache is not None:
@@ -497,17 +501,18 @@ class Table:
                     f"the records of {self.path} hold the state of {spec.owner}, not of {owner}. Use "
                     f"bigembed.optim's {spec.owner}, or give that state up with reset_state=True."
                 )
-            self.scalars = {}
             new = spec.with_state(owner, state)
             unchanged = new.state_dim == spec.state_dim and new.state_initial == spec.state_initial
             if unchanged and (spec.owner is None or not self.has_rows):
                 self._store.replace_spec(owner=owner, state=state)
+                self.scalars = {}
                 return
             if self._uncommitted_rows or (self._cache is not None and self._cache.dirty_rows):
                 self._commit(f"before state columns for {owner}", None, explicit=True)
             if self._cache is not None:
                 self._cache.drop()
             rewrite.rewrite_state(self._store, new, progress)
+            self.scalars = {}
             self._tell_reshaped()
 
     def _tell_reshaped(self) -> None:
@@ -569,6 +574,9 @@ class Table:
     def _check_open(self) -> None:
         if self.is_closed:
             raise TableClosed(f"{self.path} was closed. Open it again with Table.open.")
+        if not self._store.is_writer and not self._store.is_sound:
+            self._store.load()  # a reader that could not be refreshed tries again
+        self._store.check_poison()
 
     def check_writable(self) -> None:
         self._check_open()
@@ -584,6 +592,7 @@ class Table:
         self.mutex = threading.RLock()  # whoever held it does not exist here
         if self._lock is not None:
             self._lock.release()
+        self._store.is_writer = False  # a read that finds a record moved by the parent looks again, as any reader
 
 
 def _release(store: RecordStore, lock: WriterLock | None, pid: int, is_temporary: bool, path: str) -> None:
@@ -595,6 +604,22 @@ def _release(store: RecordStore, lock: WriterLock | None, pid: int, is_temporary
         shutil.rmtree(path, ignore_errors=True)
     if lock is not None:
         lock.release()
+
+
+def _checked_options(
+    *,
+    journal_bytes: int = DEFAULT_JOURNAL_BYTES,
+    index_bytes: int = DEFAULT_INDEX_BYTES,
+    reader: str = "auto",
+    is_temporary: bool = False,
+) -> Limits:
+    """What `open` takes beside path and mode, checked before anything is touched."""
+    if reader not in READERS:
+        raise InvalidArgument(f"reader={reader!r} is unknown; use {', '.join(map(repr, READERS))}.")
+    limits = Limits(checked_integer("journal_bytes", journal_bytes), checked_integer("index_bytes", index_bytes))
+    if limits.journal_bytes < 1 or limits.index_bytes < 1:
+        raise InvalidArgument(f"journal_bytes={journal_bytes} and index_bytes={index_bytes} must be positive.")
+    return limits
 
 
 _open_tables: "weakref.WeakSet[Table]" = weakref.WeakSet()

@@ -101,7 +101,11 @@ class Undo:
         return found_M
 
     def save(self, rows_M: np.ndarray, records_MW: np.ndarray) -> None:
-        """Keep old records of ascending rows, durably."""
+        """Keep old records of ascending rows, durably.
+
+        No commit record follows, so the order makes a valid frame vouch for itself and all before it: rows without
+        a record, then records, sync, then the head of the records' frame, sync.
+        """
         if not len(rows_M):
             return
         if self._writer is None:
@@ -110,17 +114,17 @@ class Undo:
             self._files[sequence] = self._writer.file
         writer = self._writer
         null_M = records_MW[:, -1] == 0
-        for rows, records in ((rows_M[~null_M], records_MW[~null_M]), (rows_M[null_M], None)):
-            if not len(rows):
-                continue
-            offset, records_offset = writer.end, 0
-            if records is None:
-                writer.append_nulls(rows)
-            else:
-                total = int(records[:, -1].sum(dtype=np.uint64))
-                records_offset = writer.append_rows(rows, records, total)
-            self._add_part(writer.file, offset, rows, records_offset)
+        added = []
+        if null_M.any():
+            added.append((writer.end, rows_M[null_M], 0))
+            writer.append_nulls(rows_M[null_M])
+        if not null_M.all():
+            offset, rows, records = writer.end, rows_M[~null_M], records_MW[~null_M]
+            total = int(records[:, -1].sum(dtype=np.uint64))
+            added.append((offset, rows, writer.append_rows(rows, records, total, records_first=True)))
         writer.file.sync()
+        for offset, rows, records_offset in added:
+            self._add_part(writer.file, offset, rows, records_offset)
 
     def end_segment(self) -> None:
         """The next save starts a new segment (after a merge, or a failed one)."""
@@ -146,16 +150,20 @@ class Undo:
         records_MW = np.zeros((len(rows_M), self._spec.record_words), np.uint32)
         if not len(rows_M):
             return records_MW
+        is_lost = False
         for part in self._overlapping(int(rows_M[0]), int(rows_M[-1])):
             if part.records_offset == 0:
                 continue
             rows = part.rows()
             a, b = np.searchsorted(rows, [rows_M[0], rows_M[-1] + 1])
+            if a == b:
+                continue
             stretch = np.zeros((b - a, self._spec.record_words), np.uint32)
             part.file.pread_into(stretch, part.records_offset + int(a) * self._spec.record_bytes)
             _, here, there = np.intersect1d(rows_M, rows[a:b], assume_unique=True, return_indices=True)
             records_MW[here] = stretch[there]
-        if max(threads.run(first_damaged, len(rows_M), rows_M, records_MW, keys_W)) >= 0:
+            is_lost |= not stretch[there, -1].all()  # records that are zero were kept without their bytes
+        if is_lost or max(threads.run(first_damaged, len(rows_M), rows_M, records_MW, keys_W)) >= 0:
             raise DamagedTable(
                 f"{self._folder}: an old record between rows {rows_M[0]} and {rows_M[-1]} is damaged, so generation "
                 f"{self.generation} cannot be restored. Restore the folder from a backup."
@@ -188,6 +196,10 @@ class Undo:
             files.unlink(os.path.join(self._folder, segment_name(sequence)))
         if sequences:
             files.sync_directory(self._folder)
+
+    @property
+    def files(self) -> list[files.File]:
+        return list(self._files.values())
 
     @property
     def disk_bytes(self) -> int:

@@ -25,7 +25,7 @@ def begin_merge(store: "RecordStore") -> None:
     """Freeze what is committed and start folding it into the base; nothing of it may be uncommitted."""
     assert store.merge is None
     if store.journal.frozen is None:
-        if not len(store.journal.active.index):
+        if store.journal.head.number == store.superblock.base.number:
             return
         store.journal.freeze()
     epoch = store.journal.frozen
@@ -140,6 +140,7 @@ def rollback(store: "RecordStore", commit: Commit) -> None:
     """
     abandon_merge(store)
     store.journal.commit(commit)
+    store.is_sound = False  # a commit after a rollback that stopped half-way would hide it: reload, or open anew
     finish_rollback(store, commit)
 
 
