@@ -15,6 +15,7 @@ from bigembed.errors import InvalidArgument, NewerFormat, NotATable
 from bigembed.init import InitialValues, normal
 
 FORMAT_VERSION = 1
+INIT_VERSION = 1  # of the generator in kernels/initial.py
 MAX_ROWS = 1 << 48
 MAX_WORDS = 1 << 24
 MIN_CHUNK_ROWS = 4096
@@ -128,7 +129,7 @@ class TableSpec:
             "dtype": self.dtype,
             "state": [{"name": b.name, "width": b.width, "initial": b.initial} for b in self.state],
             "owner": self.owner,
-            "init": {"kind": self.init.kind, "a": self.init.a, "b": self.init.b, "version": 1},
+            "init": {"kind": self.init.kind, "a": self.init.a, "b": self.init.b, "version": INIT_VERSION},
             "seed": self.seed,
             "salt": f"{self.salt:016x}",
             "chunk_rows": self.chunk_rows,
@@ -153,6 +154,10 @@ class TableSpec:
         known = dict(attributes)
         try:
             init = known.pop("init")
+            if init["version"] != INIT_VERSION:
+                raise NewerFormat(
+                    f"{where}: generator {init['version']} of initial values is unknown; upgrade bigembed."
+                )
             spec = cls(
                 num_rows=_integer(known.pop("num_rows")),
                 dim=_integer(known.pop("dim")),
@@ -167,6 +172,8 @@ class TableSpec:
                 chunk_rows=_integer(known.pop("chunk_rows")),
                 padding_idx=None if known["padding_idx"] is None else _integer(known["padding_idx"]),
             )
+        except NewerFormat:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise NotATable(f"{where}: the table's attributes are not valid ({error!r}).") from error
         del known["padding_idx"], known["format_version"]

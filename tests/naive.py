@@ -163,8 +163,8 @@ def uniform_01(seed, rows_M, dim):
     x = mix + np.arange(1, dim + 1, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95)  # modulo 2**64
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    bits = (x ^ (x >> np.uint64(31))) >> np.uint64(11)
-    return (bits.astype(np.float64) + 0.5) * 2.0**-53
+    bits = (x ^ (x >> np.uint64(31))) >> np.uint64(12)
+    return (bits.astype(np.float64) + 0.5) * 2.0**-52
 
 
 def log_01(p):

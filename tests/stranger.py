@@ -287,7 +287,7 @@ def uniform_01(seed, rows_M, dim):
     row_mix_M = mix64(mix64(np.array([seed], np.uint64)) + rows_M.astype(np.uint64) * GOLDEN)
     columns_D = np.arange(1, dim + 1, dtype=np.uint64) * COLUMN_STEP
     bits_MD = mix64(row_mix_M[:, None] + columns_D)
-    return ((bits_MD >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    return ((bits_MD >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def log_01(p):

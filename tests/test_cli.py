@@ -60,7 +60,7 @@ def test_each_command_has_help(command, capsys):
 
 def test_demo_help_names_its_options(capsys):
     out = run(["demo", "--help"], capsys)[1]
-    for option in "text tokens rows dim seconds steps batch cache-bytes path keep seed".split():
+    for option in ["text", "tokens", "rows", "dim", "seconds", "steps", "batch", "cache-bytes", "path", "keep", "seed"]:
         assert f"--{option}" in out
 
 

@@ -263,8 +263,8 @@ def test_table_learns_what_the_dense_model_alone_does_not(tmp_path, scratch):
     rng = np.random.default_rng(0)
     facts = ["{}{}{}={};".format(*(chr(97 + letter) for letter in four)) for four in rng.integers(0, 26, (500, 4))]
     text = tmp_path / "facts"
-    text.write_text("".join(facts[i] for i in rng.integers(0, len(facts), 20_000)))
-    options = DemoOptions(rows=1 << 20, dim=16, steps=100, batch=512, text=(str(text),))
+    text.write_text("".join(facts[i] for i in rng.integers(0, len(facts), 5_000)))
+    options = DemoOptions(rows=1 << 20, dim=16, steps=60, batch=256, text=(str(text),))
     result = run_demo(options)
     assert result.before.with_table == result.before.without
     assert result.after.with_table.nats < 0.8 * result.after.without.nats

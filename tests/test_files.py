@@ -41,13 +41,16 @@ def test_replacing_a_file_is_old_or_new_at_every_fault_and_a_retry_leaves_nothin
         files.before = None
         files.write_atomically(path, b"new!")
         assert os.listdir(tmp_path) == ["file"]
+    files.before = None
     assert n == 6  # open, write, sync, rename, sync directory
     assert files.read_bytes(path) == b"new!"
 
 
 def test_a_full_disk_is_its_own_error_and_says_what_to_do(tmp_path, strike):
     strike(2, errno.ENOSPC)
-    with pytest.raises(errors.DiskFull, match=r"write of .*file\.new failed: No space left .*free some space") as caught:
+    with pytest.raises(
+        errors.DiskFull, match=r"write of .*file\.new failed: No space left .*free some space"
+    ) as caught:
         files.write_atomically(str(tmp_path / "file"), b"new")
     assert isinstance(caught.value, OSError)
     assert caught.value.errno == errno.ENOSPC

@@ -297,7 +297,7 @@ def test_a_new_optimizer_takes_over_and_the_old_one_raises(tmp_path):
     emb(torch.tensor([1, 2])).sum().backward()
     new = optim.Adam(emb)
     before = rows_and_state(emb).tobytes()
-    with pytest.raises(NoOptimizer, match="this Adam no longer trains .* took it over"):
+    with pytest.raises(NoOptimizer, match=r"this Adam no longer trains .* took it over"):
         old.step()
     assert rows_and_state(emb).tobytes() == before
     new.step()

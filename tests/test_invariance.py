@@ -10,7 +10,7 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from training import RULES, batches, rows_and_state
+from training import RULES, batches
 
 import bigembed
 from bigembed import threads

@@ -1,5 +1,6 @@
 """Optimizers: kernels equal their oracles to the last bit, training equals torch's optimizers on sparse gradients."""
 
+import itertools
 import math
 
 import naive
@@ -67,7 +68,7 @@ def test_kernel_equals_its_oracle_in_slots_and_past_them(name, num_threads):
     in_slots, past_them = values_SE[:slots].copy(), values_SE[slots:].copy()
     edges = [30 * n // num_threads for n in range(num_threads + 1)]
     args = (in_slots, past_them, slots_U, sums_UD, *map(np.float32, (-0.7, *facts)))
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
         getattr(rules, name)(start, stop, *args)
     assert np.concatenate([in_slots, past_them]).tobytes() == expected.tobytes()
 
@@ -285,7 +286,7 @@ def test_another_rule_needs_leave_to_give_the_state_up(tmp_path):
     emb.commit()
     before, generation = rows_and_state(emb), emb.table.generation
     for make in (optim.Adagrad, optim.RowwiseAdagrad, optim.SGD):
-        with pytest.raises(StateMismatch, match="hold the state of adam.*reset_state=True"):
+        with pytest.raises(StateMismatch, match=r"hold the state of adam.*reset_state=True"):
             make(emb)
     assert rows_and_state(emb).tobytes() == before.tobytes()
     assert emb.table.generation == generation

@@ -147,7 +147,7 @@ def test_memory_is_bounded_by_distinct_rows(pending, bring):
 @pytest.mark.parametrize("factor", [0.5, 2.0, -1.0, 0.37, 1e-10])
 def test_a_scaled_grad_is_the_factor_and_later_gradients_keep_theirs(pending, handle, bring, factor):
     first, second = random_gradient(1, 5), random_gradient(2, 6)
-    bring(first)
+    bring(random_gradient(1, 5))
     handle.grad.mul_(factor)
     gradient, scale = pending.current()
     assert as_dict(gradient) == as_dict(first)

@@ -74,7 +74,6 @@ class TestContract:
         found.close()
 
     def test_any_thread_count_reads_the_same(self, tmp_path, make_reader, monkeypatch):
-        monkeypatch.setattr("bigembed.storage.readers.threads.run.__defaults__", (16,), raising=False)
         monkeypatch.setattr(threads.run, "__kwdefaults__", {"grain": 16})
         monkeypatch.setattr("bigembed.storage.record_io.WINDOW_RECORDS", 16)
         found, rows, before = chunk_files(tmp_path, range(7)), PATTERNS["sparse"], threads.get_num_threads()

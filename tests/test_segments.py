@@ -82,7 +82,7 @@ def test_a_byte_flipped_anywhere_before_the_commit_is_seen(tmp_path):
         with open(path, "wb") as file:
             file.write(content[:at] + bytes([content[at] ^ 0x40]) + content[at + 1 :])
         kept, beyond = frames(tmp_path)
-        if at in in_records or at in padding or 76 - 4 <= at < 80 or 56 <= at < 64:
+        if at in in_records or at in padding or 60 <= at < 64:
             continue  # under the records' own checks, or padding that nobody reads
         assert len(kept) < 3, at
         assert beyond == whole[2].offset, at
@@ -194,7 +194,7 @@ def table_path(tmp_path):
     """A table whose journal holds three commits, the last in the last frames of its second segment."""
     path = str(tmp_path / "t")
     for number in range(2):
-        with (Table.open(path) if number else Table.create(path, 9000, 2, init="zeros", chunk_rows=4096)) as table:
+        with Table.open(path) if number else Table.create(path, 9000, 2, init="zeros", chunk_rows=4096) as table:
             table.write([1, 2, 3], float(number + 1))
             table.commit("one")
             if number:

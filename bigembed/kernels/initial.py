@@ -19,7 +19,7 @@ from bigembed.spec import TableSpec
 NORMAL, UNIFORM, CONSTANT = (KINDS.index(kind) for kind in ("normal", "uniform", "constant"))
 _ROW_STEP = GOLDEN
 _COLUMN_STEP = np.uint64(0xD1342543DE82EF95)
-_S11 = np.uint64(11)
+_S12 = np.uint64(12)
 _S52 = np.uint64(52)
 _EXPONENT_MASK = np.uint64(0x7FF)
 _MANTISSA_MASK = np.uint64(0x000FFFFFFFFFFFFF)
@@ -55,9 +55,9 @@ def initial_rows(spec: TableSpec) -> InitialRows:
 
 @nb.njit(nogil=True, cache=True, inline="always")
 def uniform_01(seed_mix, row, column):
-    """A float64 strictly between 0 and 1, on the grid (k + 0.5) * 2**-53."""
+    """A float64 strictly between 0 and 1, on the grid (k + 0.5) * 2**-52, where k + 0.5 is exact."""
     bits = mix64(mix64(seed_mix + np.uint64(row) * _ROW_STEP) + np.uint64(column + 1) * _COLUMN_STEP)
-    return (np.float64(bits >> _S11) + 0.5) * 1.1102230246251565e-16
+    return (np.float64(bits >> _S12) + 0.5) * 2.220446049250313e-16
 
 
 @nb.njit(nogil=True, cache=True)

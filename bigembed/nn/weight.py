@@ -28,7 +28,7 @@ class RowsCopy(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        target = args[0] if args else next(iter(kwargs.values()), None)
+        target: Any = args[0] if args else next(iter(kwargs.values()), None)
         is_copy = isinstance(target, RowsCopy)
         in_place = name in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
         if is_copy and (in_place or kwargs.get("inplace")) and name != "requires_grad_":

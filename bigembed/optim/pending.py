@@ -28,7 +28,8 @@ class RowGradient:
         """The 2-norm as a float32, added up in float64 in order of rows: the same for any thread count."""
         squares_U = np.empty(len(self.rows_U), np.float64)
         threads.run(row_squares, len(squares_U), self.sums_UD, squares_U)
-        return float(np.float32(math.sqrt(float(squares_U.sum()))))
+        with np.errstate(over="ignore"):  # past float32's range it is inf, as torch's norm would be
+            return float(np.float32(math.sqrt(float(squares_U.sum()))))
 
 
 def add_gradients(first: RowGradient, second: RowGradient) -> RowGradient:

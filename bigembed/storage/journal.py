@@ -91,6 +91,11 @@ class Journal:
             except BaseException:
                 reader.close()
                 raise
+        if until is None and self.head.number < self.retained.number:
+            raise DamagedTable(
+                f"{self._folder}: generation {self.retained.number} was committed, but its segment is missing. "
+                "Restore the journal from a backup."
+            )
 
     def _recover_segment(self, reader: SegmentReader, base: Commit, until: int | None) -> None:
         pending, last = [], -1

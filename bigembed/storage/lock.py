@@ -28,6 +28,7 @@ class WriterLock:
             raise UnsupportedPlatform(
                 "Writing a table needs file locks (flock), which this system lacks. Open it with mode='r'."
             )
+        self._pid = os.getpid()
         self._file = files.File(os.path.join(table_path, "lock"), files.WRITE)
         try:
             fcntl.flock(self._file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -65,8 +66,11 @@ class WriterLock:
             return "another process"
 
     def release(self) -> None:
-        """Give the lock up (the parent) by closing every copy of the descriptor this process has."""
-        self._file.close()
+        """Give the lock up; in a forked child, only close its copy of the descriptor.
 
-    # A forked child calls release too: closing its copy of the descriptor leaves the parent's lock in place, and
-    # without it the lock would outlive a parent that dies.
+        The holder unlocks before it closes: a child that was forked a moment ago may not have closed its copy yet.
+        The child closes its copy because the lock would otherwise outlive a parent that dies.
+        """
+        if self._file.fd >= 0 and self._pid == os.getpid():
+            fcntl.flock(self._file.fd, fcntl.LOCK_UN)
+        self._file.close()

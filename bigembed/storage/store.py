@@ -82,7 +82,7 @@ class RecordStore:
                 self.close()
                 if not isinstance(error, FileNotFoundError | BigembedError):
                     raise
-                if self.is_writer or left == 0 or not self._may_have_moved(error):
+                if self.is_writer or left == 0 or not self._may_have_moved(error, LOAD_ROUNDS - left):
                     explained = self._explained(error)
                     if explained is error:
                         raise
@@ -94,12 +94,11 @@ class RecordStore:
                 self.close()
         self.is_sound = True
 
-    def _may_have_moved(self, error: BaseException) -> bool:
+    def _may_have_moved(self, error: BaseException, rounds: int) -> bool:
         """Whether an error may come from a writer that works beside this reader."""
-        if isinstance(error, FileNotFoundError):
-            return True
-        seen = getattr(self, "superblock", None)
-        return seen is None or seen.encode() != Superblock.read(self.path).encode()
+        if isinstance(error, FileNotFoundError) or self._seen is None:
+            return rounds < READER_ROUNDS or os.path.isdir(self.folder("ready"))
+        return self._seen.encode() != Superblock.read(self.path).encode()
 
     def _explained(self, error: BaseException) -> BaseException:
         if os.path.isdir(self.folder("ready")) and not self.is_writer:
@@ -112,8 +111,9 @@ class RecordStore:
         return error
 
     def _load_once(self) -> None:
+        self._seen: Superblock | None = None
         self.spec, self.is_plain, _ = zarr_format.read_metadata(self.path)
-        self.superblock = Superblock.read(self.path)
+        self.superblock = self._seen = Superblock.read(self.path)
         self.journal = Journal(self.folder("journal"), self.spec, self.superblock.base, self.superblock.retained)
         head = self.journal.head
         unfinished = head if head.rollback_to is not None and head.number > self.superblock.base.number else None
@@ -264,6 +264,8 @@ class RecordStore:
             dict(scalars),
             payload,
         )
+        if self.is_plain and parent.num_rows != commit.num_rows:
+            self.write_metadata(plain=False)  # new rows are at their initial values, which no other reader computes
         self.journal.commit(commit)
         assert self.undo is not None
         if explicit:

@@ -340,7 +340,7 @@ class Table:
             payload: anything JSON can hold (an epoch, a data position), given back by `generations`.
         """
         try:
-            json.dumps(payload)
+            json.dumps(payload, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise InvalidArgument(f"payload must be what JSON can hold: {error}.") from error
         with self.mutex:

@@ -24,7 +24,8 @@ def verify_store(store: RecordStore, progress: Progress | None = None) -> Verify
     Raises:
         DamagedTable, DamagedRow: the first damage found, naming file and row.
     """
-    zarr_format.check_with_zarr(store.path, replace(store.spec, num_rows=store.stored_rows))  # growth may be uncommitted
+    stored = replace(store.spec, num_rows=store.stored_rows)  # growth may be uncommitted
+    zarr_format.check_with_zarr(store.path, stored)
     store.base.chunks.check_sizes(store.superblock.written_C.tolist())
     rows = 0
     present = sorted(store.base.chunks.present)
