@@ -51,7 +51,7 @@ def gather_memmap(paths: list[str], chunk_rows: int, rows: np.ndarray, random_ad
     return len(rows) / (time.perf_counter() - start)
 
 
-def measure(path: str, rounds: int, batch: int) -> dict[str, object]:
+def measure(path: str, rounds: int, batch: int, disk_seconds: int) -> dict[str, object]:
     """Interleaved rounds of disk, bigembed and memmap; each gather starts with an empty page cache."""
     rng = np.random.default_rng(0)
     table = Table.open(path, mode="r", reader="cold")
@@ -63,7 +63,7 @@ def measure(path: str, rounds: int, batch: int) -> dict[str, object]:
     table.read(rng.integers(0, num_rows, batch))
     before = memory_bytes()
     for _ in range(rounds):
-        figures["disk reads/s, depth 64"].append(disk_random_reads(paths))
+        figures["disk reads/s, depth 64"].append(disk_random_reads(paths, disk_seconds))
         drop_page_cache(paths)
         figures["bigembed"].append(gather_bigembed(table, rng.integers(0, num_rows, batch)))
         drop_page_cache(paths)
@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     parser.add_argument("--keep", default=None, help="build here, or use what was built here")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--disk-seconds", type=int, default=4, help="for each measurement of the disk's own rate")
     parser.add_argument("--no-result", action="store_true", help="print only")
     options = parser.parse_args(argv)
     rows = int(options.gib * (1 << 30)) // (4 * DIM)
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         if not os.path.exists(path):
             build(path, rows)
         steady = gather_only(path, options.batch, 8)
-        result = {**measure(path, options.rounds, options.batch), "steady": steady}
+        result = {**measure(path, options.rounds, options.batch, options.disk_seconds), "steady": steady}
     for name, rate in result["rows_per_second"].items():  # type: ignore[attr-defined]
         print(f"{name:24} {rate:12,.0f} rows/s")
     print(f"bigembed reaches {result['of_disk_rate']:.2f} of the disk's rate")

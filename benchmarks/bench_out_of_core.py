@@ -126,6 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--min-merges", type=int, default=2)
     parser.add_argument("--folder", default=".", help="where the tables go; on the disk to measure")
     parser.add_argument("--keep", default=None, help="build here, or use what was built here")
+    parser.add_argument("--disk-seconds", type=int, default=4, help="for each measurement of the disk's own rate")
     parser.add_argument("--no-result", action="store_true", help="print only")
     parser.add_argument("--peer", choices=["none", "random", "plain"], default="none", help=argparse.SUPPRESS)
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -158,9 +159,12 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         folder = options.keep or temporary
         os.makedirs(folder, exist_ok=True)
         build(folder, rows)
-        reads = disk_random_reads(sorted(glob.glob(f"{folder}/table/weight/c.*")))
+        paths = sorted(glob.glob(f"{folder}/table/weight/c.*"))
+        reads = [disk_random_reads(paths, options.disk_seconds)]
         ours = _run_child(options, "none", options.seconds, folder)
+        reads.append(disk_random_reads(paths, options.disk_seconds))
         peer = _run_child(options, "random", min(60.0, options.seconds), folder)
+        reads.append(disk_random_reads(paths, options.disk_seconds))
         result = {
             "rows": rows,
             "batch": options.batch,
@@ -169,7 +173,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
             "mapped": peer,
         }
         result["memory_limit_bytes"] = int(options.memory_gib * (1 << 30))
-    print(f"disk, random 4-KiB reads at depth 64: {reads:10,.0f} /s")
+    print(f"disk, random 4-KiB reads at depth 64, before, between, after: {', '.join(f'{r:,.0f}' for r in reads)} /s")
     for name, run in (("bigembed", ours), ("nn.Embedding over a MADV_RANDOM map", peer)):
         print(f"{name:38} {run.get('ids_per_second', 0):10,.0f} ids/s")
     if not options.no_result:

@@ -68,7 +68,9 @@ class Script:
             self.table = Table.create(self.path, V, D, init="uniform", seed=3, chunk_rows=4096, **self.options)
             self.twin = naive.Table(self.table.spec, initial_values(self.table.spec))
         else:
+            now_ve = self.twin.now_VE.copy()
             self.plan(name, *args)
+            self.seen_now = [now_ve, self.twin.now_VE, before[0], self.twin.head_VE]
             self.durable = [before, (self.twin.head_VE.copy(), self.twin.retained_VE.copy())]
             getattr(self.table, name)(*args)
         self.durable = [(self.twin.head_VE.copy(), self.twin.retained_VE.copy())]
@@ -169,17 +171,17 @@ def check_nothing_left_over(table):
 
 
 class FailAt:
-    """Raises OSError at the n-th operation, once, or from then on."""
+    """Raises OSError at the n-th operation that changes something (or that looks), once, or from then on."""
 
-    def __init__(self, n, code, lasting):
-        self.n, self.code, self.lasting, self.count = n, code, lasting, 0
+    def __init__(self, n, code, lasting=False, looks=False):
+        self.n, self.code, self.lasting, self.looks, self.count = n, code, lasting, looks, 0
 
     @property
     def has_struck(self):
         return self.count >= self.n
 
     def __call__(self, operation, path):
-        if operation in ("read", "open") and self.code == errno.ENOSPC:
+        if (operation in ("read", "open")) != self.looks:
             return
         self.count += 1
         if self.count == self.n or (self.lasting and self.count > self.n and operation not in ("unlink", "rmdir")):
@@ -193,7 +195,7 @@ def run_with_fault(path, fault, **options):
     try:
         script.run()
     except BigembedError as error:
-        assert isinstance(error.__cause__, OSError) or isinstance(error, PoisonedTable)
+        assert isinstance(error.__cause__, OSError) or isinstance(error, PoisonedTable)  # noqa: PT017
         return script, False
     finally:
         files.before = None
@@ -201,13 +203,15 @@ def run_with_fault(path, fault, **options):
 
 
 @pytest.mark.parametrize(
-    ("code", "lasting"), [(errno.EIO, False), (errno.ENOSPC, True)], ids=["EIO once", "ENOSPC from then on"]
+    ("stride", "fault"),
+    [(1, {"code": errno.EIO}), (5, {"code": errno.EIO, "looks": True}), (1, {"code": errno.ENOSPC, "lasting": True})],
+    ids=["EIO at a change", "EIO at a look", "ENOSPC from then on"],
 )
-def test_an_io_error_at_any_operation_leaves_the_table_old_or_new(tmp_path, code, lasting):
-    for n in range(1, 10_000):
+def test_an_io_error_at_any_operation_leaves_the_table_old_or_new(tmp_path, stride, fault):
+    for n in range(1, 10_000, stride):
         folder = tmp_path / str(n)
         folder.mkdir()
-        script, ran_through = run_with_fault(str(folder / "t"), FailAt(n, code, lasting), reader="cold")
+        script, ran_through = run_with_fault(str(folder / "t"), FailAt(n, **fault), reader="cold")
         try:
             abandon(script.table)
             check_reopened(script)
@@ -222,10 +226,10 @@ def test_an_io_error_at_any_operation_leaves_the_table_old_or_new(tmp_path, code
 
 def test_after_an_io_error_the_same_table_goes_on_or_says_it_cannot(tmp_path):
     poisoned = 0
-    for n in range(1, 10_000):
+    for n in range(1, 10_000, 2):
         folder = tmp_path / str(n)
         folder.mkdir()
-        script, ran_through = run_with_fault(str(folder / "t"), FailAt(n, errno.EIO, False))
+        script, ran_through = run_with_fault(str(folder / "t"), FailAt(n, errno.EIO))
         if script.table is not None and not ran_through:
             try:
                 poisoned += not goes_on(script)
@@ -243,6 +247,7 @@ def goes_on(script):
     """Write and commit after the error; what was committed is what is found. False for a poisoned table."""
     table, seen = script.table, None
     try:
+        assert matches(table.read(np.arange(table.shape[0]), with_state=True), script.seen_now)
         table.write([7], 99.0)
         table.commit("after the error")
         seen = table.read(np.arange(table.shape[0]), with_state=True)
@@ -307,29 +312,41 @@ class Disk:
 
     def mixed(self, now, then, rng):
         size = len(now) if len(now) <= len(then) or rng.random() < 0.7 else int(rng.integers(len(then), len(now)))
+        starts = range(0, size, self.SECTOR)
+        changed = [at for at in starts if now[at : at + self.SECTOR] != then[at : at + self.SECTOR]]
+        if rng.random() < 0.5:  # the disk took any of the changed sectors, or the last few and not those before
+            kept = {at for at in changed if rng.random() < 0.5}
+        else:
+            kept = set(changed[int(rng.integers(0, len(changed) + 1)) :])
         parts = []
-        for at in range(0, size, self.SECTOR):
+        for at in starts:
             stop = min(size, at + self.SECTOR)
-            source = now if rng.random() < 0.5 else then
+            source = now if at in kept else then
             parts.append(source[at:stop].ljust(stop - at, b"\0"))
         return b"".join(parts)
 
 
 class StopAt:
-    def __init__(self, n):
-        self.n, self.count = n, 0
+    """Ends it all ahead of the n-th operation of a kind; ahead of a sync most is unsynced."""
+
+    def __init__(self, n, kinds):
+        self.n, self.kinds, self.count = n, kinds, 0
 
     def __call__(self, operation, path):
-        if operation == "read":
+        if operation not in self.kinds:
             return
         self.count += 1
         if self.count == self.n:
             raise PowerLoss
 
 
-def run_until(script, n):
-    """Whether the script ran through before its n-th operation; its descriptors are closed, and nothing else."""
-    files.before = StopAt(n)
+CHANGES = ("write", "rename", "unlink", "truncate", "mkdir", "rmdir")
+SYNCS = ("sync", "sync directory")
+
+
+def run_until(script, n, kinds):
+    """Whether the script ran through before its n-th operation of a kind."""
+    files.before = StopAt(n, kinds)
     try:
         script.run()
     except PowerLoss:
@@ -345,13 +362,14 @@ def abandon(table):
         table._finalizer()
 
 
-def test_a_power_loss_at_any_operation_gives_the_last_commit(tmp_path, monkeypatch):
-    disk, stride = Disk(monkeypatch), int(os.environ.get("BIGEMBED_POWER_STRIDE", "7"))
+@pytest.mark.parametrize(("kinds", "stride"), [(SYNCS, 1), (CHANGES, 3)], ids=["ahead of syncs", "ahead of changes"])
+def test_a_power_loss_at_any_operation_gives_the_last_commit(tmp_path, monkeypatch, kinds, stride):
+    disk = Disk(monkeypatch)
     for n in range(1, 100_000, stride):
         folder = tmp_path / str(n)
         folder.mkdir()
         script = the_script(str(folder / "t"), with_publish=False)
-        ran_through = run_until(script, n)
+        ran_through = run_until(script, n, kinds)
         abandon(script.table)
         disk.lose_power(script.path, np.random.default_rng(n))
         if os.path.exists(script.path) and script.table is None:
@@ -365,18 +383,18 @@ def test_a_power_loss_at_any_operation_gives_the_last_commit(tmp_path, monkeypat
         shutil.rmtree(folder)
         if ran_through:
             break
-    assert n > 300
+    assert n > 100
 
 
 def test_what_a_killed_process_left_unsynced_is_made_durable_before_it_is_built_upon(tmp_path, monkeypatch):
     disk = Disk(monkeypatch)
-    for n in range(60, 100_000, 41):
+    for n in range(1, 100_000):
         folder = tmp_path / str(n)
         folder.mkdir()
         script = the_script(str(folder / "t"), with_publish=False)
-        ran_through = run_until(script, n)  # killed: what was written stays, synced or not
+        ran_through = run_until(script, n, SYNCS)  # killed: what was written stays, synced or not
         abandon(script.table)
-        if os.path.exists(script.path):
+        if script.table is not None:
             table = Table.open(script.path)
             table.write([7], 99.0)
             table.commit("after the kill")
@@ -391,7 +409,7 @@ def test_what_a_killed_process_left_unsynced_is_made_durable_before_it_is_built_
         shutil.rmtree(folder)
         if ran_through:
             break
-    assert n > 300
+    assert n > 100
 
 
 # --- SIGKILL

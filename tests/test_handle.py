@@ -234,7 +234,8 @@ def test_cleared_gradients_leave_no_trace_in_the_state(tmp_path):
         opt.zero_grad(set_to_none)
         opt.step()
     assert rows_and_state(emb).tobytes() == before
-    assert emb.stats()["pending"]["uncommitted_rows"] == 0
+    assert emb.stats()["cache"]["dirty_rows"] == 0
+    assert emb.table.scalars == {}
 
 
 def test_two_steps_apply_one_gradient_twice(pair):
@@ -535,6 +536,25 @@ def test_a_forward_whose_backward_never_comes_protects_nothing(tmp_path):
     opt.step()
     opt.zero_grad()
     assert emb.trainable._protect_step() is None
+
+
+@pytest.mark.parametrize("holds", [False, True])
+def test_rows_of_a_forward_stay_cached_for_its_step(tmp_path, holds):
+    """The lookups in between are served past the cache, unless nobody can come back for the rows."""
+    emb = small_embedding(tmp_path, cache_rows=3)
+    opt = optim.SGD(emb, lr=LR)
+    rows = emb(torch.tensor([1, 2, 3]))
+    if not holds:
+        rows = rows.detach()
+    with torch.no_grad():
+        emb(torch.arange(10, 20))
+        before = emb.stats()["cache"]
+        emb(torch.tensor([1, 2, 3]))
+    assert emb.stats()["cache"]["hits"] - before["hits"] == (3 if holds else 0)
+    if holds:
+        rows.sum().backward()
+        opt.step()
+        assert emb.stats()["cache"]["misses"] == before["misses"]
 
 
 def test_the_second_derivative_is_refused(tmp_path):

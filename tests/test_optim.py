@@ -29,11 +29,12 @@ from bigembed.spec import StateColumns
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's own, once a process
 
 D = 4
+KERNEL_DIM = 5  # no power of two, so that dividing by it is not exact
 KERNELS = {
     "sgd": (0, (0.3,)),
-    "adagrad": (D, (0.3, 1e-10)),
+    "adagrad": (KERNEL_DIM, (0.3, 1e-10)),
     "rowwise_adagrad": (1, (0.3, 1e-10)),
-    "adam": (2 * D, (0.03, 0.1, 0.001, 1e-8)),
+    "adam": (2 * KERNEL_DIM, (0.03, 0.1, 0.001, 1e-8)),
 }
 TWINS = {
     "SGD": (optim.SGD, torch.optim.SGD, {"lr": 0.3}),
@@ -59,9 +60,9 @@ def test_kernel_equals_its_oracle_in_slots_and_past_them(name, num_threads):
     state_dim, facts = KERNELS[name]
     rng = np.random.default_rng(1)
     slots, past = 40, 9
-    values_SE = rng.random((slots + past, D + state_dim), np.float32)
+    values_SE = rng.random((slots + past, KERNEL_DIM + state_dim), np.float32)
     slots_U = rng.permutation(slots + past)[:30]
-    sums_UD = rng.standard_normal((30, D)).astype(np.float32)
+    sums_UD = rng.standard_normal((30, KERNEL_DIM)).astype(np.float32)
     sums_UD[3] = 0.0
     expected = values_SE.copy()
     getattr(naive, name)(expected, slots_U, sums_UD, -0.7, *facts)

@@ -263,7 +263,7 @@ def test_a_missing_segment_in_the_middle_is_damage(table_path):
     assert len(list_segments(folder)) == 2
     os.unlink(os.path.join(folder, f"{list_segments(folder)[0]:016d}"))
     for mode in ("r", "r+"):
-        with pytest.raises(errors.DamagedTable, match="the segment before .* is missing"):
+        with pytest.raises(errors.DamagedTable, match=r"the segment before .* is missing"):
             Table.open(table_path, mode=mode)
 
 

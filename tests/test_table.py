@@ -418,7 +418,7 @@ def change_attributes(path, **changes):
 
 def test_a_newer_format_is_said_so(merged):
     change_attributes(merged, format_version=2)
-    with pytest.raises(errors.NewerFormat, match="has format version 2, this library reads up to 1. Upgrade bigembed"):
+    with pytest.raises(errors.NewerFormat, match=r"has format version 2, this library reads up to 1. Upgrade bigembed"):
         Table.open(merged)
 
 
@@ -428,7 +428,7 @@ def test_a_newer_format_is_said_so(merged):
 )
 def test_attributes_that_make_no_sense_are_no_table(merged, changes):
     change_attributes(merged, **changes)
-    with pytest.raises(errors.NotATable, match="attributes|format_version|dim"):
+    with pytest.raises(errors.NotATable, match=r"attributes|format_version|dim"):
         Table.open(merged)
 
 
@@ -579,7 +579,7 @@ def test_other_mistakes_teach(table):
         table.rollback(7)
     with pytest.raises(errors.InvalidArgument, match="cannot grow to 5 rows: the table has 10000 already"):
         table.grow(5)
-    with pytest.raises(errors.InvalidArgument, match="num_rows must be an integer, not 20000.5"):
+    with pytest.raises(errors.InvalidArgument, match=r"num_rows must be an integer, not 20000.5"):
         table.grow(20_000.5)
     table.set_state("adagrad", STATE)
     with pytest.raises(errors.StateMismatch, match="hold the state of adagrad, not of adam"):
@@ -595,7 +595,7 @@ def test_a_closed_table_says_so(table):
     calls = [lambda: table.read([1]), lambda: table.write([1], 1.0), table.commit, table.merge, table.rollback]
     calls += [table.generations, table.publish, table.refresh, lambda: table.grow(10**5), table.verify, table.stats]
     for call in calls:
-        with pytest.raises(errors.TableClosed, match="was closed. Open it again with Table.open"):
+        with pytest.raises(errors.TableClosed, match=r"was closed. Open it again with Table.open"):
             call()
     assert "closed" in repr(table)
 
@@ -605,7 +605,7 @@ def test_a_table_open_for_reading_refuses_to_write(table):
         calls = [lambda: reader.write([1], 1.0), reader.commit, reader.merge, reader.rollback, reader.publish]
         calls += [lambda: reader.grow(10**5), lambda: reader.set_init(init.zeros()), lambda: reader.set_state("x", ())]
         for call in calls:
-            with pytest.raises(errors.ReadOnlyTable, match="is open with mode='r'. Open it with mode='r\\+' to write"):
+            with pytest.raises(errors.ReadOnlyTable, match=r"is open with mode='r'. Open it with mode='r\+' to write"):
                 call()
         assert reader.verify().chunks == 0
 

@@ -1,0 +1,35 @@
+"""Each benchmark runs through at a tiny size, so that it cannot rot. No time is asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / name), "--no-result", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_cold_gather(tmp_path: Path) -> None:
+    tiny = ("--gib", "0.005", "--rounds", "1", "--batch", "512", "--disk-seconds", "1", "--folder", str(tmp_path))
+    printed = run("bench_cold_gather.py", *tiny)
+    assert "of the disk's rate" in printed
+    assert "memmap MADV_RANDOM" in printed
+
+
+def test_out_of_core(tmp_path: Path) -> None:
+    tiny = ("--gib", "0.005", "--seconds", "1", "--batch", "256", "--cache-bytes", "2000000", "--journal-bytes",
+            "3000000", "--disk-seconds", "1", "--folder", str(tmp_path))  # fmt: skip
+    printed = run("bench_out_of_core.py", *tiny)
+    assert "nn.Embedding over a MADV_RANDOM map" in printed
+    assert "bigembed " in printed
+
+
+def test_results_name_command_commit_and_machine() -> None:
+    for path in (BENCHMARKS / "results").glob("*.json"):
+        assert {"command", "commit", "machine", "versions"} <= json.loads(path.read_text()).keys(), path.name
