@@ -1,4 +1,4 @@
-"""Every Python block of every README runs, in order, in a fresh folder; the commands it gives are those that CI runs."""
+"""Every Python block of every README runs, in order, in a fresh folder; the commands given are those that CI runs."""
 
 import os
 import re
