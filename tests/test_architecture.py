@@ -1,4 +1,4 @@
-"""The house plan, enforced: imports point down the ladder, heavy imports stay where they belong, files stay readable."""
+"""The house plan, enforced: imports point down, heavy imports stay where they belong, files stay readable."""
 
 import ast
 import re

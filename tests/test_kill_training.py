@@ -1,4 +1,4 @@
-"""SIGKILL against a process that trains: whatever the moment, the table is as of its last commit, and goes on from there.
+"""SIGKILL against a process that trains: the table is as of its last commit, whatever the moment, and goes on.
 
 The child trains out of its cache with tiny limits, so commits by itself, merges and undo happen all the time. Batches
 are a function of the step number and the step count travels with the commits, so a twin in memory knows every state.

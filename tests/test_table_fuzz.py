@@ -14,7 +14,7 @@ import pytest
 from bigembed import init, threads
 from bigembed.spec import StateColumns
 from bigembed.storage import create
-from bigembed.storage.store import INDEX_BYTES_PER_ROW
+from bigembed.storage.row_index import index_rows
 from bigembed.storage.table import Table
 
 SEEDS = range(int(os.environ.get("BIGEMBED_FUZZ_SEEDS", "12")))
@@ -152,7 +152,7 @@ class Machine:
         folder = os.path.join(self.path, "journal")
         on_disk = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
         assert on_disk <= limits.journal_bytes + operation
-        assert self.table.stats()["index"]["rows"] <= 2 * (limits.index_bytes // INDEX_BYTES_PER_ROW + MOST_WRITTEN)
+        assert self.table.stats()["index"]["rows"] <= 2 * (index_rows(limits.index_bytes) + MOST_WRITTEN)
 
 
 OPERATIONS = {

@@ -14,6 +14,9 @@ from bigembed.errors import DiskFull, StorageFailed
 
 before: Callable[[str, str], None] | None = None
 
+# Roots of temporary tables: a crash loses them anyway, so nothing under them waits for the disk.
+_temporary_roots: set[str] = set()
+
 READ = os.O_RDONLY
 WRITE = os.O_RDWR | os.O_CREAT
 
@@ -34,6 +37,20 @@ def operation(name: str, path: str) -> Iterator[None]:
             error.errno, f"{name} of {path} failed: {error.strerror or error}{advice}"
         )
         raise failed from error
+
+
+def do_not_sync(root: str) -> None:
+    """Let every sync under `root` (a path, a table's) return at once."""
+    _temporary_roots.add(root)
+
+
+def sync_again(root: str) -> None:
+    """Undo `do_not_sync`."""
+    _temporary_roots.discard(root)
+
+
+def _is_temporary(path: str) -> bool:
+    return any(path.startswith(root) for root in _temporary_roots)
 
 
 class File:
@@ -79,10 +96,15 @@ class File:
 
     def sync(self) -> None:
         """Data, and the size needed to read it, are on stable storage."""
+        if _is_temporary(self.path):
+            return
         with operation("sync", self.path):
             (os.fdatasync if hasattr(os, "fdatasync") else os.fsync)(self.fd)
 
     def sync_all(self) -> None:
+        """Data and all of the file's metadata are on stable storage."""
+        if _is_temporary(self.path):
+            return
         with operation("sync", self.path):
             os.fsync(self.fd)
 
@@ -160,6 +182,8 @@ def remove_tree(path: str) -> None:
 
 def sync_directory(path: str) -> None:
     """The directory's entries are on stable storage."""
+    if _is_temporary(path):
+        return
     with operation("sync directory", path):
         fd = os.open(path, os.O_RDONLY)
         try:

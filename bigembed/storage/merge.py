@@ -29,6 +29,7 @@ class Source(Protocol):
     """Where a merge takes its records from."""
 
     total_rows: int
+    memory_bytes: int
 
     def parts(self) -> Iterator[np.ndarray]:
         """Ascending rows, in ascending parts."""
@@ -44,10 +45,7 @@ class EpochSource:
         self._journal, self._keys_W = journal, keys_W
         self._rows, self._places = epoch.index.sorted_items()
         self.total_rows = len(self._rows)
-
-    @property
-    def memory_bytes(self) -> int:
-        return self._rows.nbytes + self._places.nbytes
+        self.memory_bytes = self._rows.nbytes + self._places.nbytes
 
     def parts(self) -> Iterator[np.ndarray]:
         yield self._rows
@@ -70,6 +68,7 @@ class RollbackSource:
         self._spec, self._journal, self._undo, self._keys_W = spec, journal, undo, keys_W
         self._rows, self._places = journal.active.index.sorted_items()
         self.total_rows = len(self._rows) + undo.rows
+        self.memory_bytes = self._rows.nbytes + self._places.nbytes
 
     def parts(self) -> Iterator[np.ndarray]:
         for first in range(0, self._spec.num_rows, self._spec.chunk_rows):
@@ -152,6 +151,11 @@ class Merge:
     @property
     def total_rows(self) -> int:
         return self._source.total_rows
+
+    @property
+    def memory_bytes(self) -> int:
+        """The sorted copy of the index."""
+        return self._source.memory_bytes
 
     def _run(self) -> Iterator[int]:
         for rows in self._source.parts():

@@ -3,7 +3,8 @@
 import os
 from typing import Any, Literal
 
-from bigembed.storage.table import Table, open_tables
+from bigembed.storage.lifetime import open_tables
+from bigembed.storage.table import Table
 
 
 def open_shared(path: str, mode: Literal["r", "r+"], **options: Any) -> Table:

@@ -10,6 +10,16 @@ SLOT_BYTES = 16
 MAX_FILL = 0.75
 
 
+def index_rows(limit_bytes: int) -> int:
+    """How many rows an epoch may index so that two epochs, and a sorted copy of one, take at most `limit_bytes`.
+
+    The map doubles, so a full one of 2**k slots is what counts: 2 * 16 * 2**k for the maps, 16 * 0.75 * 2**k sorted.
+    """
+    slot_bytes = 2 * SLOT_BYTES + 16 * MAX_FILL
+    slots = max(2, int(limit_bytes // slot_bytes))
+    return int(MAX_FILL * (1 << (slots.bit_length() - 1)))
+
+
 class RowIndex:
     """A growing map from row to place; equals a dict of ints. 21 to 43 bytes per row.
 

@@ -23,7 +23,7 @@ def table_stats(store: RecordStore, cache: "CacheLayer | None", uncommitted_rows
         "cache": cache.stats() if cache is not None else {},
         "index": {
             "rows": journal.rows,
-            "memory_bytes": journal.index_bytes,
+            "memory_bytes": journal.index_bytes + (merge.memory_bytes if merge is not None else 0),
             "limit_bytes": store.limits.index_bytes,
         },
         "journal": {

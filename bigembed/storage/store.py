@@ -18,12 +18,11 @@ from bigembed.storage import files, upkeep, zarr_format
 from bigembed.storage.base import Base
 from bigembed.storage.journal import Journal
 from bigembed.storage.merge import Merge
-from bigembed.storage.row_index import NOWHERE
+from bigembed.storage.row_index import NOWHERE, index_rows
 from bigembed.storage.superblock import Commit, Superblock
 from bigembed.storage.undo import Undo
 
 STAGING_BYTES = 16 << 20
-INDEX_BYTES_PER_ROW = 64  # active index 21 to 43, while frozen another 16 for its sorted copy
 READER_ROUNDS = 3
 LOAD_ROUNDS = 100
 
@@ -295,7 +294,7 @@ class RecordStore:
         epoch = self.journal.active
         row_bytes = self.spec.record_bytes + 8
         disk = (epoch.disk_bytes + dirty_rows * row_bytes) / max(1, self.limits.journal_bytes // 2)
-        rows = (len(epoch.index) + dirty_rows) / max(1, self.limits.index_bytes // INDEX_BYTES_PER_ROW)
+        rows = (len(epoch.index) + len(epoch.superseded) + dirty_rows) / index_rows(self.limits.index_bytes)
         return max(disk, rows)
 
     @property

@@ -1,9 +1,7 @@
 """Table: a (V, D) matrix of rows on disk that can be read, written, committed and rolled back. NumPy in and out."""
 
-import atexit
 import json
 import os
-import shutil
 import threading
 import time
 import warnings
@@ -25,7 +23,7 @@ from bigembed.errors import (
 )
 from bigembed.init import InitialValues
 from bigembed.spec import StateColumns, TableSpec
-from bigembed.storage import rewrite, upkeep
+from bigembed.storage import files, lifetime, rewrite, upkeep
 from bigembed.storage.base import READERS
 from bigembed.storage.create import checked_integer, create_table, remove_leftovers
 from bigembed.storage.lock import WriterLock
@@ -79,6 +77,8 @@ class Table:
         self._cache: CacheLayer | None = None
         self._reshaped: weakref.WeakMethod[Any] | None = None
         self._lock = WriterLock(path) if mode == "r+" else None
+        if is_temporary:
+            files.do_not_sync(path)
         try:
             if mode == "r+":
                 rewrite.finish_rewrite(path)
@@ -90,12 +90,10 @@ class Table:
             raise
         self.scalars: dict[str, Any] = dict(self._store.journal.head.scalars)
         self._uncommitted_rows = 0
-        self._finalizer = weakref.finalize(self, _release, self._store, self._lock, self.pid, is_temporary, path)
-        _open_tables.add(self)
-        if len(_open_tables) == 1:
-            # Later than the finalizers' own exit hook, so called before it: a program that ends gets the warning too.
-            atexit.unregister(_close_open_tables)
-            atexit.register(_close_open_tables)
+        self._finalizer = weakref.finalize(
+            self, lifetime.release, self._store, self._lock, self.pid, is_temporary, path
+        )
+        lifetime.register(self)
 
     # -- making and opening ---------------------------------------------------------------------------------
 
@@ -134,6 +132,8 @@ class Table:
         """
         where = os.path.abspath(os.fspath(path))
         _checked_options(**options)
+        if options.get("is_temporary"):
+            files.do_not_sync(where)
         facts = {
             "num_rows": num_rows,
             "dim": dim,
@@ -345,7 +345,10 @@ class Table:
             raise InvalidArgument(f"payload must be what JSON can hold: {error}.") from error
         with self.mutex:
             self.check_writable()
-            return self._commit(str(note), payload, explicit=True).number
+            number = self._commit(str(note), payload, explicit=True).number
+            if self._store.epoch_fill(0) >= 1.0:
+                upkeep.make_room(self._store)
+            return number
 
     def _commit(self, note: str, payload: Any, explicit: bool) -> Commit:
         if self._cache is not None:
@@ -545,15 +548,15 @@ class Table:
         with self.mutex:
             if self.is_closed:
                 return
-            if self.pid == os.getpid() and self.mode == "r+" and not self.is_temporary:
-                dirty = self._cache.dirty_rows if self._cache is not None else 0
-                if dirty or self._uncommitted_rows:
-                    warnings.warn(
-                        f"{self.path} was closed without a commit: changes to {dirty + self._uncommitted_rows} rows "
-                        "are discarded. Call commit() before close().",
-                        stacklevel=2,
-                    )
+            lost = self._uncommitted_rows + (self._cache.dirty_rows if self._cache is not None else 0)
+            mine = self.pid == os.getpid() and self.mode == "r+" and not self.is_temporary
             self._finalizer()
+            if lost and mine:
+                warnings.warn(
+                    f"{self.path} was closed without a commit: changes to {lost} rows are discarded. Call commit() "
+                    "before close().",
+                    stacklevel=2,
+                )
 
     def __del__(self) -> None:
         # A table that is dropped without close gives the same warning; _finalizer is missing if __init__ failed.
@@ -588,22 +591,11 @@ class Table:
                 "Write in the parent, or open the table in the child after the parent closed it."
             )
 
-    def _after_fork_in_child(self) -> None:
+    def after_fork_in_child(self) -> None:
         self.mutex = threading.RLock()  # whoever held it does not exist here
         if self._lock is not None:
             self._lock.release()
         self._store.is_writer = False  # a read that finds a record moved by the parent looks again, as any reader
-
-
-def _release(store: RecordStore, lock: WriterLock | None, pid: int, is_temporary: bool, path: str) -> None:
-    """Close files and give the lock up; in a forked child nothing but the child's descriptors is touched."""
-    if pid != os.getpid():
-        return
-    store.close()
-    if is_temporary:
-        shutil.rmtree(path, ignore_errors=True)
-    if lock is not None:
-        lock.release()
 
 
 def _checked_options(
@@ -620,25 +612,3 @@ def _checked_options(
     if limits.journal_bytes < 1 or limits.index_bytes < 1:
         raise InvalidArgument(f"journal_bytes={journal_bytes} and index_bytes={index_bytes} must be positive.")
     return limits
-
-
-_open_tables: "weakref.WeakSet[Table]" = weakref.WeakSet()
-
-
-def open_tables() -> "list[Table]":
-    """The tables of this process that are open."""
-    return [table for table in _open_tables if not table.is_closed]
-
-
-def _close_open_tables() -> None:
-    for table in list(_open_tables):
-        table.close()
-
-
-def _after_fork_in_child() -> None:
-    for table in list(_open_tables):
-        table._after_fork_in_child()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
