@@ -1,16 +1,14 @@
 """bigembed demo: its text, its ids, its model, and whole runs of it on a small text."""
 
 import math
-import os
 import signal
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bigembed import Table, cli
+from bigembed import Embedding, Table, cli
 from bigembed.demo import text as text_module
 from bigembed.demo.model import Learner, NextToken
 from bigembed.demo.ngrams import (
@@ -244,6 +242,20 @@ def test_making_a_learner_leaves_torchs_generator_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_hits_count_lookups_and_not_the_optimizers_visits(folder):
+    corpus = load_corpus([str(folder)], "bytes", seed=0)
+    table = Embedding(1 << 40, 4, init="zeros", seed=0)
+    learner = Learner(corpus.num_classes, table, seed=0)
+    batch = make_batch(corpus, corpus.train, np.arange(50), 1 << 40)
+    distinct = len(batch.ids_NG.unique())
+    for step in range(3):
+        learner.step(batch)
+        cache = table.stats()["cache"]
+        assert (cache["hits"], cache["misses"]) == (step * distinct, distinct)
+    table.commit()
+    table.close()
+
+
 # -- whole runs -------------------------------------------------------------------------------------------------
 
 
@@ -431,4 +443,3 @@ def test_aligned():
 
 def test_options_default_to_the_run_that_the_readme_promises():
     assert (DemoOptions().rows, DemoOptions().dim, DemoOptions().tokens) == (200_000_000, 64, "bytes")
-    assert not os.path.lexists(Path("ngrams.bigembed"))

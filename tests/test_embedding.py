@@ -430,3 +430,36 @@ def test_a_billion_rows_train_in_the_memory_of_a_million(tmp_path):
         grown_mib[digits] = float(done.stdout)
     assert grown_mib[9] < 100
     assert grown_mib[9] < grown_mib[6] + 30
+
+
+# -- workers ----------------------------------------------------------------------------------------------------
+
+
+class RowsOfATable(torch.utils.data.Dataset):
+    """Looks rows up where it runs: in a worker process."""
+
+    def __init__(self, emb):
+        self.emb = emb
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, item):
+        with torch.no_grad():
+            return self.emb(torch.tensor([item, 49 - item]))
+
+
+@pytest.mark.parametrize("cache_rows", [3, None])
+def test_dataloader_workers_read_while_the_parent_trains(tmp_path, cache_rows):
+    emb = small_embedding(tmp_path, cache_rows=cache_rows)
+    opt = optim.SGD(emb, lr=1.0)
+    emb(torch.arange(10)).sum().backward()
+    opt.step()
+    expected = plain_twin(emb).weight.detach()
+    loader = torch.utils.data.DataLoader(RowsOfATable(emb), batch_size=4, num_workers=2, multiprocessing_context="fork")
+    for number, batch in enumerate(loader):
+        first = torch.arange(4 * number, 4 * number + 4)
+        assert torch.equal(batch, torch.stack([expected[first], expected[49 - first]], 1))
+    emb(torch.arange(10)).sum().backward()
+    opt.step()
+    emb.commit("the parent goes on")

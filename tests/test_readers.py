@@ -1,6 +1,9 @@
 """The two readers of the base: one contract, exact twins."""
 
+import ctypes
+import mmap
 import os
+import time
 
 import numpy as np
 import pytest
@@ -156,3 +159,36 @@ def test_a_new_chunk_file_has_its_whole_size_and_no_bytes(tmp_path):
     assert os.stat(found.path(3)).st_size == SPEC.chunk_bytes
     assert files.disk_bytes(found.path(3)) == 0
     assert found.present == {3}
+
+
+def resident_pages(path):
+    """bool per page of a file: whether the page cache holds it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=2) as whole:
+        pages = np.zeros(len(whole) // record_io.PAGE_BYTES, np.uint8)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(whole))
+        assert (
+            libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(len(whole)), ctypes.c_void_p(pages.ctypes.data)) == 0
+        )
+    return (pages & 1).astype(bool)
+
+
+def test_advice_brings_the_pages_of_the_records_and_no_others(tmp_path):
+    """Advice that goes to the wrong place returns success too, so what counts is its effect on the page cache."""
+    path = tmp_path / "file"
+    path.write_bytes(np.random.default_rng(0).bytes(32 << 20))
+    file = files.File(str(path), files.READ)
+    os.fsync(file.fd)
+    os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    assert resident_pages(path).sum() < 100, "the file's folder must be on a disk, not in memory"
+    offsets = np.random.default_rng(1).choice(8000, 200, replace=False) * np.int64(4096) + 3900
+    for offset in offsets:
+        record_io._advise(file.fd, offset, np.int64(516))  # crosses into the next page
+    wanted = np.union1d(offsets // 4096, offsets // 4096 + 1)
+    deadline = time.monotonic() + 20
+    while not resident_pages(path)[wanted].all() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    resident = resident_pages(path)
+    assert resident[wanted].all(), "advised pages came"
+    assert resident.sum() < 2 * len(wanted) + 100, "and not megabytes around them"
+    file.close()

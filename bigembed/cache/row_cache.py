@@ -106,13 +106,17 @@ class RowCache:
         """How many rows hold changes that the source does not have."""
         return self._dirty_slots + (0 if self._unsaved is None else self._unsaved[0].size)
 
-    def fetch(self, rows_U: np.ndarray, *, protect_step: int | None = None, admit: bool = True) -> Located:
+    def fetch(
+        self, rows_U: np.ndarray, *, protect_step: int | None = None, admit: bool = True, count: bool = True
+    ) -> Located:
         """Bring up the newest values of these rows, missed ones with one sorted read; starts a new step.
 
         Args:
             rows_U: int64, distinct.
             protect_step: rows used at this step or later are not evicted; None protects only this batch.
             admit: False serves missed rows past the cache and changes nothing in it, not even the step.
+            count: False leaves hits and misses out of `stats`: an optimizer's second visit to a forward's rows,
+                which nearly always hits, is no lookup.
 
         Raises:
             Whatever the source raises. No change is lost, and the fetch may be tried again.
@@ -137,7 +141,7 @@ class RowCache:
         past = np.flatnonzero(slots_M == ABSENT)
         slots_M[past] = self.num_slots + np.arange(past.size)
         slots_U[missed[order]] = slots_M
-        if admit:
+        if admit and count:
             self._hits += rows_U.size - missed.size
             self._misses += missed.size
             self._past += past.size

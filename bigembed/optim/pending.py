@@ -94,7 +94,9 @@ class PendingGradient:
         norm = self._norm_shown
         if shown == norm or (math.isnan(shown) and math.isnan(norm)):
             return 1.0
-        return shown / norm if norm != 0.0 else math.nan
+        if norm == 0.0:  # every sum is zero and stays so, whatever finite number somebody put into the handle's grad
+            return 1.0 if math.isfinite(shown) else math.nan
+        return shown / norm
 
     def current(self) -> tuple[RowGradient, float] | None:
         """The pending gradient and the factor it is to be taken with; None when there is none."""

@@ -78,12 +78,12 @@ class TrainableTable:
             self._tickets.add(ticket)
         return out_ND, rows_U, inverse_N, ticket
 
-    def _fetch(self, rows_U: np.ndarray) -> Located:
+    def _fetch(self, rows_U: np.ndarray, count: bool = True) -> Located:
         if self.table.is_closed:  # rows that are still in the cache would be served
             raise TableClosed(f"{self.table.path} was closed. Open it again with bigembed.Embedding.open.")
         # A forked child must not evict: it could not store what it evicts.
         admit = self.table.may_write or self.table.mode == "r"
-        return self.cache.fetch(rows_U, protect_step=self._protect_step(), admit=admit)
+        return self.cache.fetch(rows_U, protect_step=self._protect_step(), admit=admit, count=count)
 
     def _protect_step(self) -> int | None:
         steps = [ticket.step for ticket in self._tickets]
@@ -159,7 +159,7 @@ class TrainableTable:
         gradient, scale = found
         with self.table.mutex:
             self.table.safe_point(len(gradient.rows_U))
-            located = self._fetch(gradient.rows_U)
+            located = self._fetch(gradient.rows_U, count=False)
             steps = int(self.table.scalars.get("step", 0)) + 1
             kernel, args = optimizer._kernel(group, steps)
             self.table.scalars = {"rule": optimizer.rule, "step": steps, **_plain(group)}
