@@ -109,8 +109,9 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
 
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    arguments = ["FOLDER" if os.path.isabs(argument) else argument for argument in sys.argv[1:]]
     facts = {
-        "command": "python " + " ".join([os.path.relpath(sys.argv[0], Path(__file__).parent.parent), *sys.argv[1:]]),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], Path(__file__).parent.parent), *arguments]),
         "commit": commit,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}",
         "versions": {"bigembed": bigembed.__version__, "torch": torch.__version__, "numpy": np.__version__},

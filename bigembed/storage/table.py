@@ -26,6 +26,7 @@ from bigembed.spec import StateColumns, TableSpec
 from bigembed.storage import files, lifetime, rewrite, upkeep
 from bigembed.storage.base import READERS
 from bigembed.storage.create import checked_integer, create_table, remove_leftovers
+from bigembed.storage.filesystem import warn_if_remote
 from bigembed.storage.lock import WriterLock
 from bigembed.storage.rows import checked_rows, last_of_each
 from bigembed.storage.stats import table_stats
@@ -76,6 +77,8 @@ class Table:
         self.mutex = threading.RLock()
         self._cache: CacheLayer | None = None
         self._reshaped: weakref.WeakMethod[Any] | None = None
+        if mode == "r+":
+            warn_if_remote(path)
         self._lock = WriterLock(path) if mode == "r+" else None
         if is_temporary:
             files.do_not_sync(path)
