@@ -324,12 +324,13 @@ class Table:
         with self.mutex:
             self.check_writable()
             dirty = self._cache.dirty_rows if self._cache is not None else 0
-            if self._store.epoch_fill(dirty + coming_rows) >= 1.0:
+            fill = self._store.epoch_fill(dirty + coming_rows)
+            if fill >= 1.0:
                 if dirty or self._store.journal.has_uncommitted:
                     self._commit("auto", None, explicit=False)
                 upkeep.make_room(self._store)
             else:
-                upkeep.keep_pace(self._store)
+                upkeep.keep_pace(self._store, fill)
 
     # -- commits --------------------------------------------------------------------------------------------
 

@@ -90,14 +90,14 @@ def abandon_merge(store: "RecordStore") -> None:
             store.undo.end_segment()
 
 
-def keep_pace(store: "RecordStore") -> None:
-    """Advance a merge so that it is done well before the active epoch is full."""
+def keep_pace(store: "RecordStore", fill: float) -> None:
+    """Advance a merge so that it is done well before the active epoch, now `fill` full, is 1.0 full."""
     if store.journal.frozen is None:
         return
     if store.merge is None:
         begin_merge(store)
     assert store.merge is not None
-    goal = int(store.merge.total_rows * min(1.0, 1.25 * store.epoch_fill(0)))
+    goal = int(store.merge.total_rows * min(1.0, 1.25 * fill))
     if goal > store.merge.rows_done:
         advance_merge(store, goal - store.merge.rows_done)
 
