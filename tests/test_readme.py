@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-READMES = [path for path in ROOT.rglob("README.md") if not any(part.startswith(".") for part in path.parts[-3:-1])]
+FOLDERS = [ROOT, *(ROOT / name for name in ("bigembed", "benchmarks", "tests", "tools"))]
+READMES = sorted({path for folder in FOLDERS for path in [folder / "README.md", *folder.glob("*/README.md")]})
+READMES = [path for path in READMES if path.exists() and not path.parent.name.startswith(".")]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
