@@ -39,9 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(error, WRONG_USE)
     except (BigembedError, OSError) as error:
         return _fail(error, FAILED)
+    except MemoryError:
+        return _fail(MemoryError("there is not enough memory for these sizes; make them smaller."), FAILED)
     except KeyboardInterrupt:
         print("bigembed: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def _printable(text: str) -> str:
+    """A user's words on one line of the terminal: control characters are shown, not obeyed."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def _fail(error: Exception, status: int) -> int:
@@ -173,7 +180,7 @@ def _as_text(facts: dict[str, Any]) -> str:
     blocks = [f"{block['name']} ({block['width']})" for block in facts["state"]]
     owner = f"of {facts['owner']}" if facts["owner"] else "owned by no optimizer yet"
     generations = [
-        f"{one['number']}  {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one['time']))}  {one['note']}"
+        f"{one['number']}  {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(one['time']))}  {_printable(one['note'])}"
         for one in facts["generations"]
     ]
     return aligned(

@@ -80,6 +80,10 @@ class NoOptimizer(BigembedError, RuntimeError):
     """A backward pass reached a table that no bigembed optimizer is attached to."""
 
 
+class StaleGraph(BigembedError, RuntimeError):
+    """A backward pass through rows that a rollback has taken back since the forward."""
+
+
 class StateMismatch(BigembedError, ValueError):
     """The optimizer does not fit the state that the table's records hold."""
 

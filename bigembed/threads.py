@@ -8,7 +8,7 @@ a forked child that launches a kernel. A range kernel here is `kernel(start, sto
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 from bigembed.errors import InvalidArgument
@@ -16,25 +16,86 @@ from bigembed.errors import InvalidArgument
 GRAIN_ITEMS = 2048  # below this many items a range is not worth a second thread (a dispatch costs ~20 us)
 
 
+class _Task:
+    """One range handed to a worker. It keeps its arguments alive until it is done, whatever the caller does."""
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self._function, self._args = function, args
+        self._finished = threading.Lock()
+        self._finished.acquire()
+        self.is_done = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def work(self) -> None:
+        try:
+            self.result = self._function(*self._args)
+        except BaseException as error:
+            self.error = error
+        self._args = ()
+        self.is_done = True
+        self._finished.release()
+
+    def wait(self) -> None:
+        """Return when the range is done; a Ctrl-C meanwhile is raised after that, not before."""
+        interrupted: BaseException | None = None
+        while not self.is_done:
+            try:
+                self._finished.acquire()
+            except BaseException as error:
+                interrupted = error
+        if interrupted is not None:
+            raise interrupted
+
+
 class _Pool:
-    """A lazily made executor and its size; replaced whole after fork."""
+    """Lazily started workers on a queue; replaced whole after fork.
+
+    Not concurrent.futures: a Ctrl-C inside its pure-Python locks can leave them taken for ever. Here the caller's
+    thread only uses a C queue and a C lock.
+    """
 
     def __init__(self, size_threads: int) -> None:
         self.size_threads = size_threads
-        self._lock = threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
+        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._starting = threading.Lock()
+        self._workers: list[threading.Thread] = []
+        self._unfinished: dict[int, list[_Task]] = {}  # by calling thread; only a Ctrl-C leaves something here
 
-    def submit(self, function: Callable[..., Any], *args: Any) -> Any:
-        with self._lock:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(max(1, self.size_threads - 1), "bigembed")
-            return self._executor.submit(function, *args)
+    def run(self, tasks: list[_Task], own_part: Callable[[], Any]) -> Any:
+        """Run the tasks on the workers and `own_part` here; returns what it returned, when all are done."""
+        caller = threading.get_ident()
+        for task in self._unfinished.pop(caller, ()):
+            task.wait()
+        if not self._workers:
+            self._start()
+        submitted = self._unfinished[caller] = []
+        try:
+            for task in tasks:
+                self._tasks.put(task)
+                submitted.append(task)
+            return own_part()
+        finally:
+            for task in submitted:
+                task.wait()
+            self._unfinished.pop(caller, None)
+
+    def _start(self) -> None:
+        with self._starting:
+            while len(self._workers) < max(1, self.size_threads - 1):
+                worker = threading.Thread(target=_work, args=(self._tasks,), name="bigembed", daemon=True)
+                worker.start()
+                self._workers.append(worker)
 
     def shutdown(self) -> None:
-        with self._lock:
-            if self._executor is not None:
-                self._executor.shutdown(wait=False)
-                self._executor = None
+        for _ in self._workers:
+            self._tasks.put(None)
+
+
+def _work(tasks: "SimpleQueue[_Task | None]") -> None:
+    while (task := tasks.get()) is not None:
+        task.work()
+        del task  # an idle worker keeps no arrays alive
 
 
 def _cores() -> int:
@@ -78,15 +139,12 @@ def run(kernel: Callable[..., Any], count: int, *args: Any, grain: int = GRAIN_I
     if parts == 1:
         return [kernel(0, count, *args)]
     edges = [count * part // parts for part in range(parts + 1)]
-    rest = [pool.submit(kernel, edges[part], edges[part + 1], *args) for part in range(1, parts)]
-    try:
-        first = kernel(0, edges[1], *args)
-    finally:
-        done = [future.exception() for future in rest]  # never leave a range running on arrays the caller frees
-    for error in done:
-        if error is not None:
-            raise error
-    return [first, *(future.result() for future in rest)]
+    rest = [_Task(kernel, (edges[part], edges[part + 1], *args)) for part in range(1, parts)]
+    first = pool.run(rest, lambda: kernel(0, edges[1], *args))
+    for task in rest:
+        if task.error is not None:
+            raise task.error
+    return [first, *(task.result for task in rest)]
 
 
 def run_whole(kernel: Callable[..., Any], owners: int, *args: Any) -> None:

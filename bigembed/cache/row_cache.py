@@ -84,15 +84,19 @@ class RowCache:
             raise InvalidArgument(f"device {str(device)!r} is not supported; this version caches rows on the cpu.")
         self.source = source
         self.dim, self.width = source.spec.dim, source.spec.row_width
-        self.index = make_index(
-            source.spec.num_rows,
-            4 * self.width + 1,
-            budget_bytes=budget_bytes,
-            capacity_rows=capacity_rows,
-            ways=ways,
-        )
-        self.num_slots = self.index.num_slots
-        self.values_SE = torch.empty((self.num_slots, self.width), dtype=torch.float32, device=device)
+        try:
+            self.index = make_index(
+                source.spec.num_rows,
+                4 * self.width + 1,
+                budget_bytes=budget_bytes,
+                capacity_rows=capacity_rows,
+                ways=ways,
+            )
+            self.num_slots = self.index.num_slots
+            self.values_SE = torch.empty((self.num_slots, self.width), dtype=torch.float32, device=device)
+        except (MemoryError, RuntimeError, ValueError) as error:  # numpy's and torch's ways to say that there is none
+            given = f"budget_bytes={budget_bytes}" if budget_bytes is not None else f"capacity_rows={capacity_rows}"
+            raise InvalidArgument(f"a cache of {given} cannot be had: {error}. Make cache_bytes smaller.") from error
         self.step = 0
         self._values_SE = self.values_SE.numpy()  # the same memory
         self._dirty_S = np.zeros(self.num_slots, np.bool_)

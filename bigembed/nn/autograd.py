@@ -30,8 +30,8 @@ class Lookup(torch.autograd.Function):
         if ctx.padding_idx is not None:
             kept = rows_U != ctx.padding_idx
             rows_U, sums_UD = rows_U[kept], sums_UD[kept]
-        ctx.trainable.add_gradient(RowGradient(rows_U, sums_UD, ctx.ticket.step))
-        return torch.zeros(1), None, None, None
+        ctx.trainable.add_gradient(RowGradient(rows_U, sums_UD, ctx.ticket.step), ctx.ticket)
+        return torch.zeros(1, dtype=torch.float32, device="cpu"), None, None, None
 
 
 def look_up(trainable: TrainableTable, ids_N: np.ndarray, padding_idx: int | None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import tempfile
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bigembed.errors import InvalidArgument
+from bigembed.errors import BigembedError, InvalidArgument
 from bigembed.init import InitialValues
 from bigembed.nn.autograd import look_up
 from bigembed.nn.ids import checked_ids
@@ -21,6 +22,10 @@ from bigembed.storage.table import Table
 
 DEFAULT_CACHE_BYTES = 256 << 20
 SMALL_TABLE_ROW_BYTES = 512  # beside a row's weights: state, and a quarter of the budget is enough index for every row
+
+
+class CannotCopy(BigembedError, TypeError):
+    """A module was to be copied or pickled (torch users catch TypeError for what cannot be pickled)."""
 
 
 class InvalidEmbedding(InvalidArgument, AssertionError):
@@ -89,9 +94,9 @@ class Embedding(nn.Module):
                 f"_weight has shape {tuple(_weight.shape)}; ({num_embeddings}, {embedding_dim}) was expected."
             )
         if seed is None:
-            seed = int(torch.randint(0, 1 << 62, ()).item())
+            seed = int(torch.randint(0, 1 << 62, (), device="cpu").item())
         budget = _budget(cache_bytes, num_embeddings * (4 * embedding_dim + SMALL_TABLE_ROW_BYTES))
-        where = os.fspath(path) if path is not None else _temporary_path()
+        where = path if path is not None else _temporary_path()
         table = Table.create(
             where,
             num_embeddings,
@@ -103,9 +108,14 @@ class Embedding(nn.Module):
             journal_bytes=journal_bytes,
             index_bytes=max(1, budget // 4),
         )
-        self._become(trainable_of(table, budget), padding_idx, sparse)
-        if _weight is not None:
-            self.weight.copy_(_weight)
+        try:
+            self._become(trainable_of(table, budget), padding_idx, sparse)
+            if _weight is not None:
+                self.weight.copy_(_weight)
+        except BaseException as error:  # what cannot be used leaves nothing in the way of the next try
+            table.__exit__(type(error), error, None)
+            shutil.rmtree(table.path, ignore_errors=True)
+            raise
         if _freeze:
             self.handle.requires_grad_(False)
 
@@ -172,6 +182,8 @@ class Embedding(nn.Module):
         """
         _check_supported(max_norm, scale_grad_by_freq, None, None)
         if isinstance(embeddings, str | os.PathLike):
+            if path is not None:
+                raise InvalidArgument(f"{embeddings} is opened where it is, not copied: leave path={path!r} out.")
             module = cls.open(
                 embeddings, mode="r" if freeze else "r+", padding_idx=padding_idx, cache_bytes=cache_bytes
             )
@@ -187,6 +199,7 @@ class Embedding(nn.Module):
 
     # -- use ------------------------------------------------------------------------------------------------
 
+    @torch._disable_dynamo  # under torch.compile it runs as it is, between two graphs
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows of ids, (*ids.shape, D)."""
         table = self.trainable.table
@@ -233,6 +246,16 @@ class Embedding(nn.Module):
         """Close the table, for every module on it; uncommitted changes are discarded with a warning."""
         self.table.close()
 
+    def __reduce__(self) -> Any:
+        raise CannotCopy(
+            f"a module on {self.table.path} cannot be copied or pickled: its rows are on disk, and one process writes "
+            "them. Commit and open the table where you need it (Embedding.open(path, mode='r')), or take a plain copy "
+            "with to_nn_embedding()."
+        )
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self.__reduce__()
+
     def extra_repr(self) -> str:
         text = f"{self.num_embeddings}, {self.embedding_dim}"
         if self.padding_idx is not None:
@@ -273,6 +296,7 @@ def _budget(cache_bytes: int | None, table_bytes: int | None) -> int:
     """The memory for cache and index; by default 256 MiB, or what holds a smaller table whole."""
     if cache_bytes is None:
         return DEFAULT_CACHE_BYTES if table_bytes is None else min(DEFAULT_CACHE_BYTES, table_bytes + (1 << 20))
+    cache_bytes = checked_integer("cache_bytes", cache_bytes)
     if cache_bytes < 1:
         raise InvalidArgument(f"cache_bytes must be positive, not {cache_bytes}.")
     return cache_bytes

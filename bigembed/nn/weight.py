@@ -50,6 +50,10 @@ def _views_protected(result: Any, memory: int) -> Any:
     return result
 
 
+def _new(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults are set to
+
+
 class WeightView:
     """The weight matrix on disk, (V, D), by rows: `weight[ids]` reads, `weight[ids] = values` writes.
 
@@ -150,15 +154,15 @@ class WeightView:
 
         The table's padding row becomes zeros all the same.
         """
-        return self._fill(init.normal(mean, std), lambda n: torch.empty(n).normal_(mean, std, generator=generator))
+        return self._fill(init.normal(mean, std), lambda n: _new(n).normal_(mean, std, generator=generator))
 
     def uniform_(self, a: float = 0.0, b: float = 1.0, *, generator: Any = None) -> "WeightView":
         """Every row from the uniform distribution over [a, b); cost as `normal_`."""
-        return self._fill(init.uniform(a, b), lambda n: torch.empty(n).uniform_(a, b, generator=generator))
+        return self._fill(init.uniform(a, b), lambda n: _new(n).uniform_(a, b, generator=generator))
 
     def fill_(self, value: float) -> "WeightView":
         """Every value `value`; cost as `normal_`."""
-        return self._fill(init.constant(value), lambda n: torch.full(n, float(value)))
+        return self._fill(init.constant(value), lambda n: _new(n).fill_(float(value)))
 
     def zero_(self) -> "WeightView":
         """Every value 0; cost as `normal_`."""
@@ -202,6 +206,8 @@ class WeightView:
     def _refuse(self, *_: Any) -> Any:
         raise WeightUseError(_needs_all("arithmetic"))
 
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __hash__ = object.__hash__
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
     __matmul__ = __rmatmul__ = __pow__ = __neg__ = __iadd__ = __isub__ = __imul__ = __itruediv__ = _refuse
 

@@ -5,6 +5,8 @@ the gradient (clipping, loss scaling), and None or 0 there means that nothing is
 """
 
 import math
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,35 +53,42 @@ class PendingGradient:
         self._handle = handle
         self._kept: RowGradient | None = None
         self._norm_shown = 0.0
-        self._incoming: dict[int, list[RowGradient]] = {}  # by autograd's number of the backward pass
+        self._incoming: dict[tuple[int, int], list[RowGradient]] = {}  # by thread and autograd's number of the pass
+        self._mutex = threading.RLock()
 
     def add(self, gradient: RowGradient) -> None:
         """Take a gradient during a backward pass; it counts once autograd reaches the handle.
 
         A pass that fails before that leaves nothing, as it leaves no `.grad` in a dense parameter.
         """
-        if self._handle.grad is None:
-            self._kept, self._norm_shown = None, 0.0
-        self._incoming.setdefault(torch._C._current_graph_task_id(), []).append(gradient)
+        with self._mutex:
+            if self._handle.grad is None:
+                self._kept, self._norm_shown = None, 0.0
+            self._incoming.setdefault(_this_pass(), []).append(gradient)
 
     def arrived(self) -> None:
         """Autograd has reached the handle: merge what the pass brought, and show the norm in the handle's grad."""
-        this_pass = torch._C._current_graph_task_id()
-        incoming = self._incoming.pop(this_pass, None)
-        # Lower numbers may be passes that this one runs inside of (reentrant checkpoints); higher ones have failed.
-        self._incoming = {number: kept for number, kept in self._incoming.items() if number < this_pass}
-        if incoming is None:
-            return
-        grad = self._handle.grad
-        assert grad is not None
-        kept = self._settled(float(grad))
-        total = incoming[0]
-        for gradient in incoming[1:]:
-            total = add_gradients(total, gradient)
-        self._kept = total if kept is None else add_gradients(kept, total)
-        self._norm_shown = self._kept.norm()
-        with torch.no_grad():
-            grad.fill_(self._norm_shown)
+        with self._mutex:
+            this_pass = _this_pass()
+            incoming = self._incoming.pop(this_pass, None)
+            # Of this thread, lower numbers may be passes that this one runs inside of (reentrant checkpoints); higher
+            # ones have failed.
+            self._forget_passes(lambda other: other[0] == this_pass[0] and other[1] > this_pass[1])
+            if incoming is None:
+                return
+            grad = self._handle.grad
+            assert grad is not None
+            kept = self._settled(float(grad))
+            total = incoming[0]
+            for gradient in incoming[1:]:
+                total = add_gradients(total, gradient)
+            self._kept = total if kept is None else add_gradients(kept, total)
+            self._norm_shown = self._kept.norm()
+            with torch.no_grad():
+                grad.fill_(self._norm_shown)
+
+    def _forget_passes(self, is_over: Callable[[tuple[int, int]], bool]) -> None:
+        self._incoming = {key: brought for key, brought in self._incoming.items() if not is_over(key)}
 
     def _settled(self, shown: float) -> RowGradient | None:
         """What is kept, scaled by what the user did to the handle's grad since."""
@@ -100,18 +109,22 @@ class PendingGradient:
 
     def current(self) -> tuple[RowGradient, float] | None:
         """The pending gradient and the factor it is to be taken with; None when there is none."""
-        grad = self._handle.grad
-        if grad is None:
-            self.drop()
-        if grad is None or self._kept is None:
-            return None
+        here = threading.get_ident()
+        with self._mutex:
+            self._forget_passes(lambda other: other[0] == here)  # this thread is in no pass: they have failed
+            grad = self._handle.grad
+            if grad is None:
+                self._kept, self._norm_shown = None, 0.0
+            if grad is None or self._kept is None:
+                return None
         shown = float(grad)
         scale = self._scale(shown)
         cleared = shown == 0.0 and self._norm_shown != 0.0
         return None if cleared else (self._kept, scale)
 
     def drop(self) -> None:
-        self._kept, self._norm_shown, self._incoming = None, 0.0, {}
+        with self._mutex:
+            self._kept, self._norm_shown, self._incoming = None, 0.0, {}
 
     @property
     def oldest_step(self) -> int | None:
@@ -120,4 +133,10 @@ class PendingGradient:
 
     @property
     def memory_bytes(self) -> int:
-        return 0 if self._kept is None else self._kept.rows_U.nbytes + self._kept.sums_UD.nbytes
+        kept = [] if self._kept is None else [self._kept]
+        every = kept + [gradient for brought in self._incoming.values() for gradient in brought]
+        return sum(gradient.rows_U.nbytes + gradient.sums_UD.nbytes for gradient in every)
+
+
+def _this_pass() -> tuple[int, int]:
+    return threading.get_ident(), torch._C._current_graph_task_id()

@@ -1,5 +1,6 @@
 """TrainableTable: a table with its cache, its handle and its pending gradient. All modules on one table share it."""
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bigembed.cache.row_cache import Located, RowCache
-from bigembed.errors import NoOptimizer, StateMismatch, TableClosed
+from bigembed.errors import NoOptimizer, StaleGraph, StateMismatch, StorageFailed, TableClosed
 from bigembed.kernels.grouping import group_by_row
 from bigembed.optim.pending import PendingGradient, RowGradient
 from bigembed.spec import StateColumns
@@ -23,10 +24,11 @@ if TYPE_CHECKING:
 class Ticket:
     """Held by a forward's graph: while it lives, rows used since its step should stay in the cache."""
 
-    __slots__ = ("__weakref__", "step")
+    __slots__ = ("__weakref__", "rollbacks", "step")
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, rollbacks: int) -> None:
         self.step = step
+        self.rollbacks = rollbacks
 
 
 class TrainableTable:
@@ -40,13 +42,14 @@ class TrainableTable:
     def __init__(self, table: Table, cache_bytes: int, cache_rows: int | None = None) -> None:
         self.table = table
         self._cache_bytes, self._cache_rows = cache_bytes, cache_rows
-        self.handle = nn.Parameter(torch.zeros(1))
+        self.handle = nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
         self.pending = PendingGradient(self.handle)
         arrived = weakref.WeakMethod(self.pending.arrived)
         self.handle.register_post_accumulate_grad_hook(lambda _: _call(arrived))
         self.handle.requires_grad_(table.mode == "r+")
         self._tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
         self._optimizer: weakref.ref[TableOptimizer] | None = None
+        self._rollbacks = table.rollbacks
         self.rebuild_cache()
 
     def rebuild_cache(self) -> None:
@@ -57,6 +60,10 @@ class TrainableTable:
         else:
             self.cache = RowCache(source, budget_bytes=self._values_bytes())
         self.table.attach_cache(self.cache, self.rebuild_cache)
+        if self._rollbacks != self.table.rollbacks:  # the gradient was of rows that are no more
+            self._rollbacks = self.table.rollbacks
+            self.pending.drop()
+            self.handle.grad = None
 
     def _values_bytes(self) -> int:
         """What the budget leaves for rows beside the journal's index."""
@@ -74,7 +81,7 @@ class TrainableTable:
             out_ND = self.cache.gather(located, inverse_N)
         ticket = None
         if needs_grad:
-            ticket = Ticket(located.step)
+            ticket = Ticket(located.step, self.table.rollbacks)
             self._tickets.add(ticket)
         return out_ND, rows_U, inverse_N, ticket
 
@@ -93,12 +100,17 @@ class TrainableTable:
 
     # -- backward -------------------------------------------------------------------------------------------
 
-    def add_gradient(self, gradient: RowGradient) -> None:
+    def add_gradient(self, gradient: RowGradient, ticket: Ticket) -> None:
         """Take the gradient of one forward.
 
         Raises:
-            NoOptimizer: nobody would ever apply it.
+            NoOptimizer: nobody would ever apply it. StaleGraph: the table was rolled back since the forward.
         """
+        if ticket.rollbacks != self.table.rollbacks:
+            raise StaleGraph(
+                f"{self.table.path} was rolled back between this graph's forward and its backward, so the gradient "
+                "is of rows that are no more. Run the forward again."
+            )
         if self.attached is None:
             raise NoOptimizer(
                 f"a gradient reached {self.table.path}, but no bigembed optimizer is attached to it, so it would be "
@@ -121,10 +133,11 @@ class TrainableTable:
         """Raises what `attach` would raise, before anything is changed."""
         self.table.check_writable()
         owner = self.table.spec.owner
-        if owner not in (None, rule) and not reset:
+        if owner not in (None, rule) and not reset and self.table.has_rows:
+            named = "".join(part.title() for part in str(owner).split("_"))
             raise StateMismatch(
-                f"the records of {self.table.path} hold the state of {owner}, not of {rule}. Use bigembed.optim's "
-                f"{owner}, or give that state up with reset_state=True."
+                f"the records of {self.table.path} hold the state of {owner}, not of {rule}. Use "
+                f"bigembed.optim.{named}, or give that state up with reset_state=True."
             )
 
     def attach(
@@ -139,6 +152,7 @@ class TrainableTable:
         state = columns(spec.dim, group)
         shape = [(block.name, block.width) for block in state]
         as_it_was = spec.owner == optimizer.rule and [(b.name, b.width) for b in spec.state] == shape
+        as_it_was = as_it_was and (self.table.has_rows or spec.state == state)
         untouched = not state and spec.owner is None  # a rule without state leaves reserved columns alone
         if reset or not (as_it_was or untouched):
             owner = optimizer.rule if state else None
@@ -164,7 +178,10 @@ class TrainableTable:
             kernel, args = optimizer._kernel(group, steps)
             self.table.scalars = {"rule": optimizer.rule, "step": steps, **_plain(group)}
             signed = -scale if group.get("maximize") else scale
-            self.cache.update(located, kernel, gradient.sums_UD, np.float32(signed), *args, count_grain=256)
+            # The rows have changed even where storing those past the cache fails: they wait in the cache, and the
+            # next lookup, step or commit raises before it changes anything. Raising here would invite a second step.
+            with contextlib.suppress(StorageFailed):
+                self.cache.update(located, kernel, gradient.sums_UD, np.float32(signed), *args, count_grain=256)
 
     def stats(self) -> dict[str, Any]:
         """The table's stats, with the pending gradient's bytes."""

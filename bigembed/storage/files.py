@@ -50,7 +50,7 @@ def sync_again(root: str) -> None:
 
 
 def _is_temporary(path: str) -> bool:
-    return any(path.startswith(root) for root in _temporary_roots)
+    return any(path == root or path.startswith(root + os.sep) for root in _temporary_roots)
 
 
 class File:

@@ -47,10 +47,25 @@ def _close_all() -> None:
         table.close()
 
 
+_forking: "list[Table]" = []
+
+
+def _before_fork() -> None:
+    for table in open_tables():
+        table.before_fork()
+        _forking.append(table)
+
+
+def _after_fork_in_parent() -> None:
+    while _forking:
+        _forking.pop().after_fork_in_parent()
+
+
 def _after_fork_in_child() -> None:
+    _forking.clear()
     for table in list(_open_tables):
         table.after_fork_in_child()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

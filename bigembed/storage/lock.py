@@ -1,13 +1,14 @@
 """WriterLock: one process, one Table, may write. The kernel's flock decides; the name inside is for the message."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
 import sys
 import time
 
-from bigembed.errors import TableLocked, UnsupportedPlatform
+from bigembed.errors import ReadOnlyTable, StorageFailed, TableLocked, UnsupportedPlatform
 from bigembed.storage import files
 
 try:
@@ -29,7 +30,12 @@ class WriterLock:
                 "Writing a table needs file locks (flock), which this system lacks. Open it with mode='r'."
             )
         self._pid = os.getpid()
-        self._file = files.File(os.path.join(table_path, "lock"), files.WRITE)
+        try:
+            self._file = files.File(os.path.join(table_path, "lock"), files.WRITE)
+        except StorageFailed as error:
+            if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM):
+                raise
+            raise ReadOnlyTable(f"{table_path} cannot be written ({error.strerror}). Open it with mode='r'.") from error
         try:
             fcntl.flock(self._file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -38,8 +38,9 @@ def _advise(fd, offset, count):
 
 
 @nb.njit(nogil=True, cache=True)
-def _read_runs(start, stop, fd_G, offset_G, bytes_G, dest_G, out_address, window):
-    """Read run g into out_address + dest_G[g]; returns the first run not read whole, or -1."""
+def _read_runs(start, stop, fd_G, offset_G, bytes_G, dest_G, out_MW, window):
+    """Read run g into the bytes of out_MW from dest_G[g] on; returns the first run not read whole, or -1."""
+    out_address = out_MW.ctypes.data
     ahead = min(start + window, stop)
     for g in range(start, ahead):
         _advise(fd_G[g], offset_G[g], bytes_G[g])
@@ -57,8 +58,9 @@ def _read_runs(start, stop, fd_G, offset_G, bytes_G, dest_G, out_address, window
 
 
 @nb.njit(nogil=True, cache=True)
-def _write_runs(start, stop, fd, offset_G, bytes_G, source_G, address):
-    """Write run g from address + source_G[g]; returns the first run not written whole, or -1."""
+def _write_runs(start, stop, fd, offset_G, bytes_G, source_G, records_MW):
+    """Write run g from the bytes of records_MW from source_G[g] on; returns the first run not written whole, or -1."""
+    address = records_MW.ctypes.data
     for g in range(start, stop):
         done = np.int64(0)
         while done < bytes_G[g]:
@@ -109,7 +111,7 @@ def read_records(fd_M: np.ndarray, offset_M: np.ndarray, out_MW: np.ndarray, pat
     for fd in np.unique(fd_G):
         with files.operation("read", paths[int(fd)]):
             pass
-    args = (fd_G, offset_G, bytes_G, first_G * record_bytes, out_MW.ctypes.data, WINDOW_RECORDS)
+    args = (fd_G, offset_G, bytes_G, first_G * record_bytes, out_MW, WINDOW_RECORDS)
     for failed in threads.run(_read_runs, len(first_G), *args, grain=WINDOW_RECORDS):
         if failed >= 0:
             _raise_read_error(int(fd_G[failed]), int(offset_G[failed]), int(bytes_G[failed]), paths)
@@ -134,7 +136,7 @@ def write_records(file: files.File, offset_M: np.ndarray, records_MW: np.ndarray
     offset_G, source_G = offset_M[first_G], first_G * record_bytes
     with files.operation("write", file.path):
         pass
-    failed = _write_runs(0, len(first_G), file.fd, offset_G, bytes_G, source_G, records_MW.ctypes.data)
+    failed = _write_runs(0, len(first_G), file.fd, offset_G, bytes_G, source_G, records_MW)
     if failed >= 0:  # do the failed write again where Python reports the system's error
         m = int(first_G[failed])
         count = int(bytes_G[failed]) // record_bytes

@@ -77,6 +77,7 @@ class Table:
         self.mutex = threading.RLock()
         self._cache: CacheLayer | None = None
         self._reshaped: weakref.WeakMethod[Any] | None = None
+        self.rollbacks = 0  # how often rows went back; a gradient from before does not belong to the rows after
         if mode == "r+":
             warn_if_remote(path)
         self._lock = WriterLock(path) if mode == "r+" else None
@@ -90,6 +91,7 @@ class Table:
         except BaseException:
             if self._lock is not None:
                 self._lock.release()
+            files.sync_again(path)
             raise
         self.scalars: dict[str, Any] = dict(self._store.journal.head.scalars)
         self._uncommitted_rows = 0
@@ -133,10 +135,10 @@ class Table:
         Raises:
             TableExists: something stands at the path. InvalidArgument: a size or dtype that cannot be.
         """
-        where = os.path.abspath(os.fspath(path))
+        where = _absolute(path)
+        if overwrite:
+            where = os.path.realpath(where)  # the table, not a link to it
         _checked_options(**options)
-        if options.get("is_temporary"):
-            files.do_not_sync(where)
         facts = {
             "num_rows": num_rows,
             "dim": dim,
@@ -175,8 +177,10 @@ class Table:
         """
         if mode not in ("r", "r+"):
             raise InvalidArgument(f"mode={mode!r} is unknown; use 'r' to read or 'r+' to write.")
-        limits = _checked_options(journal_bytes=journal_bytes, index_bytes=index_bytes, reader=reader)
-        where = os.path.abspath(os.fspath(path))
+        limits = _checked_options(
+            journal_bytes=journal_bytes, index_bytes=index_bytes, reader=reader, is_temporary=is_temporary, mode=mode
+        )
+        where = _absolute(path)
         if not os.path.lexists(where):
             raise TableMissing(f"{where} does not exist. Create a table with Table.create(path, num_rows, dim).")
         if not os.path.exists(os.path.join(where, "superblock")) and not rewrite.is_rewriting(where):
@@ -304,6 +308,7 @@ class Table:
         """Append changed ascending distinct rows to the journal, below the cache (a cache's RowSource)."""
         with self.mutex:
             self.check_writable()
+            assert len(rows_M) == 0 or 0 <= rows_M[0] <= rows_M[-1] < self.spec.num_rows, "rows that are not there"
             self._store.append(rows_M, values_ME)
             self._uncommitted_rows += len(rows_M)
 
@@ -329,6 +334,8 @@ class Table:
                 if dirty or self._store.journal.has_uncommitted:
                     self._commit("auto", None, explicit=False)
                 upkeep.make_room(self._store)
+                if self._store.epoch_fill(coming_rows) >= 1.0:  # alone past the limit: at least not beside an epoch
+                    upkeep.finish_merges(self._store)
             else:
                 upkeep.keep_pace(self._store, fill)
 
@@ -373,7 +380,7 @@ class Table:
         """Go back to a generation, or drop what is uncommitted (None); returns the generation the table is at.
 
         Going back to an earlier one is itself a commit, with a new number. Rows, optimizer scalars and V are as
-        they were. Caches forget what they hold.
+        they were. Caches and pending gradients are forgotten.
 
         Raises:
             NotRestorable: the generation is not one of `generations()`.
@@ -403,6 +410,7 @@ class Table:
                 self._store.close()
                 self._store.load()
             self.scalars = dict(self._store.journal.head.scalars)
+            self.rollbacks += 1
             self._tell_reshaped()
             return self.generation
 
@@ -503,7 +511,7 @@ class Table:
             spec = self.spec
             if spec.owner == owner and spec.state == state and not reset:
                 return
-            if spec.owner is not None and not reset:
+            if spec.owner is not None and not reset and self.has_rows:
                 raise StateMismatch(
                     f"the records of {self.path} hold the state of {spec.owner}, not of {owner}. Use "
                     f"bigembed.optim's {spec.owner}, or give that state up with reset_state=True."
@@ -595,11 +603,29 @@ class Table:
                 "Write in the parent, or open the table in the child after the parent closed it."
             )
 
+    def before_fork(self) -> None:
+        """Wait until nobody is in the middle of a change, so that the child gets a whole table and cache."""
+        self.mutex.acquire()
+
+    def after_fork_in_parent(self) -> None:
+        self.mutex.release()
+
     def after_fork_in_child(self) -> None:
         self.mutex = threading.RLock()  # whoever held it does not exist here
         if self._lock is not None:
             self._lock.release()
         self._store.is_writer = False  # a read that finds a record moved by the parent looks again, as any reader
+
+
+def _absolute(path: Any) -> str:
+    """The path as an absolute string.
+
+    Raises:
+        InvalidArgument: it is empty, or no path.
+    """
+    if not isinstance(path, str | bytes | os.PathLike) or not os.fspath(path):
+        raise InvalidArgument(f"path must name a folder, not {path!r}.")
+    return os.path.abspath(os.fsdecode(path))
 
 
 def _checked_options(
@@ -608,11 +634,14 @@ def _checked_options(
     index_bytes: int = DEFAULT_INDEX_BYTES,
     reader: str = "auto",
     is_temporary: bool = False,
+    mode: str = "r+",
 ) -> Limits:
     """What `open` takes beside path and mode, checked before anything is touched."""
     if reader not in READERS:
         raise InvalidArgument(f"reader={reader!r} is unknown; use {', '.join(map(repr, READERS))}.")
     limits = Limits(checked_integer("journal_bytes", journal_bytes), checked_integer("index_bytes", index_bytes))
+    if is_temporary and mode != "r+":
+        raise InvalidArgument("is_temporary=True removes the table on close, so it needs mode='r+'.")
     if limits.journal_bytes < 1 or limits.index_bytes < 1:
         raise InvalidArgument(f"journal_bytes={journal_bytes} and index_bytes={index_bytes} must be positive.")
     return limits
