@@ -124,9 +124,9 @@ def test_any_number_of_threads_gives_the_same_bytes(tmp_path, rule, cache_rows, 
 def test_the_threads_share_the_work(tmp_path, num_threads, monkeypatch):
     """Without this the test above could pass on one thread."""
     shared = []
-    submit = threads._Pool.submit
+    run = threads._Pool.run
     monkeypatch.setattr(
-        threads._Pool, "submit", lambda self, kernel, *args: shared.append(1) or submit(self, kernel, *args)
+        threads._Pool, "run", lambda self, tasks, own_part: shared.append(1) or run(self, tasks, own_part)
     )
     train(tmp_path, "SGD", steps=2)
     assert bool(shared) == (num_threads > 1)
