@@ -87,7 +87,9 @@ class _Pool:
                 worker.start()
                 self._workers.append(worker)
 
-    def shutdown(self) -> None:
+    def __del__(self) -> None:
+        # Workers stop when nobody can hand them anything any more: a run that began before a change of the number of
+        # threads still holds its pool.
         for _ in self._workers:
             self._tasks.put(None)
 
@@ -125,8 +127,7 @@ def set_num_threads(count: int) -> None:
     global _pool
     if count < 1:
         raise InvalidArgument(f"num_threads must be at least 1, not {count}.")
-    old, _pool = _pool, _Pool(count)
-    old.shutdown()
+    _pool = _Pool(count)
 
 
 def run(kernel: Callable[..., Any], count: int, *args: Any, grain: int = GRAIN_ITEMS) -> list[Any]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import bigembed
-from bigembed import errors, optim
+from bigembed import errors, optim, threads
 from bigembed.errors import InvalidArgument, StaleGraph, StorageFailed
 from bigembed.storage import files
 
@@ -161,6 +161,33 @@ def test_ctrl_c_again_and_again_hangs_nothing(path):
     assert done.returncode in (0, -signal.SIGINT), done.stderr
     if done.returncode == 0:
         assert int(done.stdout) > 20
+
+
+def test_a_run_that_began_before_the_number_of_threads_changed_is_finished():
+    before = threads.get_num_threads()
+    threads.set_num_threads(2)
+    pool, done = threads._pool, []
+    try:
+        pool.run([threads._Task(done.append, (1,))], lambda: None)
+        threads.set_num_threads(3)
+        late = threading.Thread(target=lambda: pool.run([threads._Task(done.append, (2,))], lambda: None), daemon=True)
+        late.start()
+        late.join(30)
+        assert not late.is_alive(), "it waits for workers that are gone"
+        assert done == [1, 2]
+    finally:
+        threads.set_num_threads(before)
+
+
+def test_the_workers_of_a_replaced_pool_stop():
+    pool = threads._Pool(4)
+    pool.run([threads._Task(int, ()) for _ in range(3)], lambda: None)
+    workers = list(pool._workers)
+    assert len(workers) == 3
+    del pool
+    for worker in workers:
+        worker.join(30)
+        assert not worker.is_alive()
 
 
 # -- a full disk ------------------------------------------------------------------------------------------------

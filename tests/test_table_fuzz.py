@@ -148,7 +148,7 @@ class Machine:
 
     def check_limits(self):
         spec, limits = self.table.spec, self.table.limits
-        operation = 2 * MOST_WRITTEN * (spec.record_bytes + 8) + 8_000  # one in each epoch, commits, headers
+        operation = MOST_WRITTEN * (spec.record_bytes + 8) + 8_000  # one write; commits and headers
         folder = os.path.join(self.path, "journal")
         on_disk = sum(os.path.getsize(os.path.join(folder, name)) for name in os.listdir(folder))
         assert on_disk <= limits.journal_bytes + operation
