@@ -11,6 +11,7 @@ from bigembed.threads import get_num_threads, set_num_threads
 if TYPE_CHECKING:
     from bigembed import optim
     from bigembed.nn.embedding import Embedding
+    from bigembed.nn.lookahead import lookahead
 
 __version__ = "0.1.0"
 
@@ -21,12 +22,17 @@ __all__ = [
     "errors",
     "get_num_threads",
     "init",
+    "lookahead",
     "optim",
     "set_num_threads",
 ]
 
 # What needs torch (seconds to import) comes when it is asked for: a Table and the command line do without.
-_NEEDS_TORCH = {"Embedding": ("bigembed.nn.embedding", "Embedding"), "optim": ("bigembed.optim", None)}
+_NEEDS_TORCH = {
+    "Embedding": ("bigembed.nn.embedding", "Embedding"),
+    "lookahead": ("bigembed.nn.lookahead", "lookahead"),
+    "optim": ("bigembed.optim", None),
+}
 
 
 def __getattr__(name: str) -> Any:

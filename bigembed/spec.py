@@ -106,6 +106,11 @@ class TableSpec:
     def num_chunks(self) -> int:
         return -(-self.num_rows // self.chunk_rows)
 
+    def locate(self, rows_M: Any) -> tuple[Any, Any]:
+        """(chunk, byte offset in its file) of each row's record."""
+        chunk_M = rows_M // self.chunk_rows
+        return chunk_M, (rows_M - chunk_M * self.chunk_rows) * self.record_bytes
+
     @property
     def logical_bytes(self) -> int:
         """V * D * 4: what the weights alone would take in memory."""

@@ -7,6 +7,7 @@ a forked child that launches a kernel. A range kernel here is `kernel(start, sto
 
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
@@ -16,8 +17,8 @@ from bigembed.errors import InvalidArgument
 GRAIN_ITEMS = 2048  # below this many items a range is not worth a second thread (a dispatch costs ~20 us)
 
 
-class _Task:
-    """One range handed to a worker. It keeps its arguments alive until it is done, whatever the caller does."""
+class Task:
+    """A call handed to another thread. It keeps its arguments alive until it is done, whatever the caller does."""
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         self._function, self._args = function, args
@@ -32,6 +33,14 @@ class _Task:
             self.result = self._function(*self._args)
         except BaseException as error:
             self.error = error
+        self._end()
+
+    def fail(self, error: BaseException) -> None:
+        """Be done without having worked."""
+        self.error = error
+        self._end()
+
+    def _end(self) -> None:
         self._args = ()
         self.is_done = True
         self._finished.release()
@@ -41,7 +50,8 @@ class _Task:
         interrupted: BaseException | None = None
         while not self.is_done:
             try:
-                self._finished.acquire()
+                with self._finished:  # given back at once, for whoever else waits
+                    pass
             except BaseException as error:
                 interrupted = error
         if interrupted is not None:
@@ -57,12 +67,12 @@ class _Pool:
 
     def __init__(self, size_threads: int) -> None:
         self.size_threads = size_threads
-        self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._starting = threading.Lock()
         self._workers: list[threading.Thread] = []
-        self._unfinished: dict[int, list[_Task]] = {}  # by calling thread; only a Ctrl-C leaves something here
+        self._unfinished: dict[int, list[Task]] = {}  # by calling thread; only a Ctrl-C leaves something here
 
-    def run(self, tasks: list[_Task], own_part: Callable[[], Any]) -> Any:
+    def run(self, tasks: list[Task], own_part: Callable[[], Any]) -> Any:
         """Run the tasks on the workers and `own_part` here; returns what it returned, when all are done."""
         caller = threading.get_ident()
         for task in self._unfinished.pop(caller, ()):
@@ -94,7 +104,7 @@ class _Pool:
             self._tasks.put(None)
 
 
-def _work(tasks: "SimpleQueue[_Task | None]") -> None:
+def _work(tasks: "SimpleQueue[Task | None]") -> None:
     while (task := tasks.get()) is not None:
         task.work()
         del task  # an idle worker keeps no arrays alive
@@ -108,13 +118,64 @@ def _cores() -> int:
 _pool = _Pool(_cores())
 
 
-def _fresh_pool_in_child() -> None:
-    global _pool
-    _pool = _Pool(_pool.size_threads)
+class _Background:
+    """One thread that works tasks off in the order they came, beside whatever the callers do."""
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[Task] = SimpleQueue()
+        self._unfinished: deque[Task] = deque()
+        self._mutex = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def put(self, task: Task) -> None:
+        with self._mutex:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="bigembed background", daemon=True)
+                self._thread.start()
+            self._unfinished.append(task)
+            self._tasks.put(task)
+
+    def _work(self) -> None:
+        _local.is_background = True
+        while True:
+            self._tasks.get().work()
+            self._unfinished.popleft()
+
+    def drain(self) -> None:
+        """Wait for the tasks there are."""
+        for task in list(self._unfinished):
+            task.wait()
+
+    def fail_all(self) -> None:
+        """In a forked child, which has no such thread: whoever waits for a task of the parent's gets an error."""
+        for task in self._unfinished:
+            if not task.is_done:
+                task.fail(RuntimeError("the process was forked before this was done"))
+
+
+_local = threading.local()
+_background = _Background()
+
+
+def run_in_background(function: Callable[..., Any], *args: Any) -> Task:
+    """Call `function(*args)` in the background thread, after all that was handed to it before.
+
+    Kernels that it calls run on that thread alone, so that the others stay free for the caller. A fork waits for it.
+    """
+    task = Task(function, args)
+    _background.put(task)
+    return task
+
+
+def _fresh_threads_in_child() -> None:
+    global _pool, _background
+    _background.fail_all()
+    _pool, _background = _Pool(_pool.size_threads), _Background()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_fresh_pool_in_child)
+    # A child of a process that was in the middle of a task could inherit a lock that nobody will release.
+    os.register_at_fork(before=lambda: _background.drain(), after_in_child=_fresh_threads_in_child)
 
 
 def get_num_threads() -> int:
@@ -133,14 +194,15 @@ def set_num_threads(count: int) -> None:
 def run(kernel: Callable[..., Any], count: int, *args: Any, grain: int = GRAIN_ITEMS) -> list[Any]:
     """Run `kernel(start, stop, *args)` over 0..count in as many ranges as there are threads.
 
-    Returns what each range returned, in order of the ranges. Fewer than two grains run on the caller's thread.
+    Returns what each range returned, in order of the ranges. Fewer than two grains run on the caller's thread, and so
+    does whatever the background thread calls.
     """
     pool = _pool
     parts = max(1, min(pool.size_threads, count // grain))
-    if parts == 1:
+    if parts == 1 or hasattr(_local, "is_background"):
         return [kernel(0, count, *args)]
     edges = [count * part // parts for part in range(parts + 1)]
-    rest = [_Task(kernel, (edges[part], edges[part + 1], *args)) for part in range(1, parts)]
+    rest = [Task(kernel, (edges[part], edges[part + 1], *args)) for part in range(1, parts)]
     first = pool.run(rest, lambda: kernel(0, edges[1], *args))
     for task in rest:
         if task.error is not None:

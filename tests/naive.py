@@ -34,6 +34,19 @@ def sum_by_row(grad_ND, inverse_N, num_unique):
     return sums_UD
 
 
+def sum_by_row_in_tree(grad_ND, inverse_N, num_unique):
+    """Runs of at most 32 of a row's addends are added from 0.0 on; then runs of 32 sums; until one is left."""
+    sums_UD = np.zeros((num_unique, grad_ND.shape[1]), np.float32)
+    for u in range(num_unique):
+        addends = [grad_ND[n] for n in np.flatnonzero(np.asarray(inverse_N) == u)]
+        while addends:
+            addends = [sum(addends[a : a + 32], np.zeros_like(addends[0])) for a in range(0, len(addends), 32)]
+            if len(addends) == 1:
+                sums_UD[u] = addends[0]
+                break
+    return sums_UD
+
+
 # --- rows
 
 
@@ -60,6 +73,14 @@ def set_flags(flags_S, slots_M, value):
         if slot != ABSENT and slot < len(flags_S):
             flags_S[slot] = value
     return int((flags_S != before).sum())
+
+
+# --- matching
+
+
+def match(rows_M, others_L, usable_L):
+    at = {int(row): place for place, row in enumerate(others_L) if usable_L[place]}
+    return [at.get(int(row), ABSENT) for row in rows_M]
 
 
 # --- cache
@@ -118,6 +139,195 @@ class SetIndex:
 
     def rows_of(self, slots):
         return [self.key[slot // self.ways][slot % self.ways] for slot in slots]
+
+
+class PolicyIndex(SetIndex):
+    """SetIndex with a policy that has queues: each set is a list of `QueuedRow`, oldest first."""
+
+    def __init__(self, num_sets, ways, policy):
+        self.policy = policy
+        self.offered_rows = self.halved = self.entered = 0
+        super().__init__(num_sets, ways)
+
+    def clear(self):
+        super().clear()
+        self.queues = [[] for _ in range(self.num_sets)]
+        self.ghosts = [[] for _ in range(self.num_sets)]  # newest last; None for one that came back
+        self.hands = [None] * self.num_sets
+
+    def probe(self, rows_U, step, count=True):
+        slots = super().probe(rows_U, step)
+        if count:
+            for slot in slots:
+                if slot != ABSENT:
+                    self.row_at(slot).use()
+        return slots
+
+    def row_at(self, slot):
+        return next(row for row in self.queues[slot // self.ways] if row.slot == slot)
+
+    def admit(self, rows_M, step, protect_step):
+        """(slot, victim, victim's score) of each row, one row after another, by the words of each policy's paper."""
+        self._before = [list(ways) for ways in self.key], [list(ways) for ways in self.score]
+        self._victims, self._halvings, admitted = [], 0, []
+        for row in rows_M:
+            home = bucket(row, self.num_sets)
+            queue, scores, keys = self.queues[home], self.score[home], self.key[home]
+            as_it_was = {entry.slot: vars(entry).copy() for entry in queue}
+            for entry in queue:
+                entry.is_free = scores[entry.slot % self.ways] < min(protect_step, step)
+                entry.score = scores[entry.slot % self.ways]
+            if ABSENT in keys:
+                way = keys.index(ABSENT)
+            elif any(entry.is_free for entry in queue):
+                way = getattr(self, "evict_" + self.policy)(home, queue, step).slot % self.ways
+                self._victims.append((home, as_it_was[home * self.ways + way]))
+            else:
+                admitted.append((ABSENT, ABSENT, 0))
+                continue
+            admitted.append((home * self.ways + way, keys[way], scores[way]))
+            keys[way], scores[way] = int(row), step
+            self.enter(home, QueuedRow(int(row), home * self.ways + way))
+        self.offered_rows += len(rows_M)
+        while self.halved < self.offered_rows // (self.num_sets * self.ways):
+            self.halved += 1
+            self._halvings += 1
+            for queue in self.queues:
+                for entry in queue:
+                    entry.count //= 2
+        return admitted
+
+    def enter(self, home, entry):
+        """A new row goes to the young end of its queue; with S3-FIFO, to that of M if the ghost knows it."""
+        self.entered += 1
+        entry.number = self.entered
+        if self.policy == "s3fifo" and entry.row in self.ghosts[home]:
+            entry.in_main = True
+            self.ghosts[home] = [None if row == entry.row else row for row in self.ghosts[home]]
+        self.queues[home].append(entry)
+
+    def to_young_end(self, queue, entry):
+        self.entered += 1
+        entry.number = self.entered
+        queue.remove(entry)
+        queue.append(entry)
+
+    def evict_lfu(self, home, queue, step):
+        """Used least often, each count halved with every epoch; of those, least recently."""
+        victim = min((e for e in queue if e.is_free), key=lambda e: (e.count, e.score, e.slot))
+        queue.remove(victim)
+        return victim
+
+    def evict_next_use(self, home, queue, step):
+        free = [entry for entry in queue if entry.is_free]
+        unknown = [entry for entry in free if entry.next_step <= step]
+        if unknown:
+            victim = min(unknown, key=lambda e: (e.score, e.slot))
+        else:
+            victim = max(free, key=lambda e: (e.next_step, -e.slot))
+        queue.remove(victim)
+        return victim
+
+    def evict_sieve(self, home, queue, step):
+        """The hand goes from old to young, then again from the oldest, taking visited bits, to a row without one."""
+        hand = self.hands[home] or queue[0]
+        while hand.visited or not hand.is_free:
+            if hand.is_free:
+                hand.visited = False
+            hand = self.younger(queue, hand) or queue[0]
+        self.hands[home] = self.younger(queue, hand)
+        queue.remove(hand)
+        return hand
+
+    def younger(self, queue, entry):
+        place = queue.index(entry) + 1
+        return queue[place] if place < len(queue) else None
+
+    def evict_s3fifo(self, home, queue, step):
+        """While S has its share, its tail leaves, or moves to M if used more than once; else the tail of M leaves."""
+        small_ways = max(1, self.ways // 8)
+        while True:
+            small, main = [e for e in queue if not e.in_main], [e for e in queue if e.in_main]
+            small_free, main_free = [e for e in small if e.is_free], [e for e in main if e.is_free]
+            if small_free and (len(small) >= small_ways or not main_free):
+                tail = small_free[0]
+                if tail.frequency > 1:
+                    tail.in_main, tail.frequency = True, 0
+                    self.to_young_end(queue, tail)
+                else:
+                    queue.remove(tail)
+                    ghost_rows = self.ways - small_ways
+                    self.ghosts[home] = ([*self.ghosts[home], tail.row])[-ghost_rows:] if ghost_rows else []
+                    return tail
+            else:
+                tail = main[0]
+                if tail.is_free and tail.frequency == 0:
+                    queue.remove(tail)
+                    return tail
+                tail.frequency -= tail.is_free
+                self.to_young_end(queue, tail)
+
+    def expect(self, rows_U, next_step_U):
+        for slot, next_step in zip(self.find(rows_U), next_step_U, strict=True):
+            if slot != ABSENT:
+                self.row_at(slot).next_step = int(next_step)
+
+    def undo(self):
+        """Who is where, as before; a victim has its old place in the order of entry, and the hand is at the oldest."""
+        for slot in range(self.num_sets * self.ways):
+            home, way = divmod(slot, self.ways)
+            if self.key[home][way] != self._before[0][home][way]:
+                self.queues[home].remove(self.row_at(slot))
+                self.hands[home] = None
+        for home, facts in self._victims:
+            entry = QueuedRow(0, 0)
+            vars(entry).update(facts)
+            entry.count >>= self._halvings
+            self.queues[home].append(entry)
+            self.queues[home].sort(key=lambda e: e.number)
+        super().undo()
+
+    def forget(self, slots):
+        for slot in slots:
+            home = slot // self.ways
+            if self.key[home][slot % self.ways] != ABSENT:
+                entry = self.row_at(slot)
+                if self.hands[home] is entry:
+                    self.hands[home] = self.younger(self.queues[home], entry)
+                self.queues[home].remove(entry)
+        super().forget(slots)
+
+    def state(self):
+        """What the policy knows, for a test to compare: each set's rows in order, and what belongs to them."""
+        return [getattr(self, "_state_" + self.policy)(home) for home in range(self.num_sets)]
+
+    def _state_lfu(self, home):
+        return sorted((entry.slot, entry.count) for entry in self.queues[home])
+
+    def _state_next_use(self, home):
+        return sorted((entry.slot, entry.next_step) for entry in self.queues[home])
+
+    def _state_sieve(self, home):
+        queue = self.queues[home]
+        hand = self.hands[home] or (queue[0] if queue else None)
+        return [(entry.slot, entry.visited) for entry in queue], hand and hand.slot
+
+    def _state_s3fifo(self, home):
+        ghost_rows = self.ways - max(1, self.ways // 8)
+        ghost = {row for row in self.ghosts[home] if row is not None} if ghost_rows else set()
+        small = [(entry.slot, entry.frequency) for entry in self.queues[home] if not entry.in_main]
+        return small, [(entry.slot, entry.frequency) for entry in self.queues[home] if entry.in_main], ghost
+
+
+class QueuedRow:
+    """A row in a set of `PolicyIndex`, and all that any policy may know of it."""
+
+    def __init__(self, row, slot):
+        self.row, self.slot = row, slot
+        self.count, self.visited, self.frequency, self.in_main, self.next_step = 1, False, 0, False, 0
+
+    def use(self):
+        self.count, self.visited, self.frequency = self.count + 1, True, min(3, self.frequency + 1)
 
 
 class IdentityIndex:

@@ -188,6 +188,7 @@ def test_check_notices_damage(damage):
 def test_bytes_per_slot_is_what_the_arrays_take():
     index = SetIndex(11, 16)
     assert index.key.nbytes + index.score.nbytes == index.bytes_per_slot * index.num_slots
+    assert index.mark.nbytes == index.ghost.nbytes == 0
     identity = IdentityIndex(123)
     assert identity.loaded.nbytes == identity.bytes_per_slot * identity.num_slots
 

@@ -168,9 +168,9 @@ def test_a_run_that_began_before_the_number_of_threads_changed_is_finished():
     threads.set_num_threads(2)
     pool, done = threads._pool, []
     try:
-        pool.run([threads._Task(done.append, (1,))], lambda: None)
+        pool.run([threads.Task(done.append, (1,))], lambda: None)
         threads.set_num_threads(3)
-        late = threading.Thread(target=lambda: pool.run([threads._Task(done.append, (2,))], lambda: None), daemon=True)
+        late = threading.Thread(target=lambda: pool.run([threads.Task(done.append, (2,))], lambda: None), daemon=True)
         late.start()
         late.join(30)
         assert not late.is_alive(), "it waits for workers that are gone"
@@ -181,7 +181,7 @@ def test_a_run_that_began_before_the_number_of_threads_changed_is_finished():
 
 def test_the_workers_of_a_replaced_pool_stop():
     pool = threads._Pool(4)
-    pool.run([threads._Task(int, ()) for _ in range(3)], lambda: None)
+    pool.run([threads.Task(int, ()) for _ in range(3)], lambda: None)
     workers = list(pool._workers)
     assert len(workers) == 3
     del pool

@@ -62,6 +62,7 @@ class RowCache:
         capacity_rows: the slots, instead of a budget; rounded down to whole sets.
         device: where values live; this version has "cpu".
         ways: slots of a set; fewer than 16 hit measurably less often than true LRU.
+        policy: who makes room, one of `index.POLICIES`.
 
     Where the whole table fits, slot = row and nothing is ever evicted.
     """
@@ -74,6 +75,7 @@ class RowCache:
         capacity_rows: int | None = None,
         device: str | torch.device = "cpu",
         ways: int = 16,
+        policy: str = "lru",
     ) -> None:
         if (budget_bytes is None) == (capacity_rows is None):
             raise InvalidArgument("A cache needs either budget_bytes or capacity_rows.")
@@ -91,6 +93,7 @@ class RowCache:
                 budget_bytes=budget_bytes,
                 capacity_rows=capacity_rows,
                 ways=ways,
+                policy=policy,
             )
             self.num_slots = self.index.num_slots
             self.values_SE = torch.empty((self.num_slots, self.width), dtype=torch.float32, device=device)
@@ -128,7 +131,7 @@ class RowCache:
         if admit:
             self._append_unsaved()
             self.step += 1
-            slots_U = self.index.probe(rows_U, self.step)
+            slots_U = self.index.probe(rows_U, self.step, count=count)
         else:
             slots_U = self.index.find(rows_U)
         missed = np.flatnonzero(slots_U == ABSENT)

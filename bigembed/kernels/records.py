@@ -94,6 +94,18 @@ def unseal(start, stop, rows_M, records_MW, keys_W, initial, out_ME):
 
 
 @nb.njit(nogil=True, cache=True)
+def unseal_sound(rows_M, records_MW, keys_W, initial, out_ME, sound_M):
+    """As `unseal`, but goes on past damage: sound_M says which rows were written to out_ME."""
+    count = rows_M.shape[0]
+    for m in range(count):
+        sound_M[m] = True
+    m = unseal(0, count, rows_M, records_MW, keys_W, initial, out_ME)
+    while m >= 0:
+        sound_M[m] = False
+        m = unseal(m + 1, count, rows_M, records_MW, keys_W, initial, out_ME)
+
+
+@nb.njit(nogil=True, cache=True)
 def count_and_sum(records_MW):
     """(written records, sum of checks modulo 2**64): what the superblock keeps of a chunk."""
     last = records_MW.shape[1] - 1

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bigembed.cache.stack import DEFAULT_PREFETCH_BYTES, CacheOptions
 from bigembed.errors import BigembedError, InvalidArgument
 from bigembed.init import InitialValues
 from bigembed.nn.autograd import look_up
@@ -48,6 +49,8 @@ class Embedding(nn.Module):
         init: what rows hold before they are written: bigembed.init.normal() (default), uniform, zeros, constant.
         seed: decides the initial values; by default drawn from torch's generator.
         journal_bytes: see Table.open.
+        prefetch_bytes: memory for rows read ahead, beside cache_bytes; taken only where `prefetch` is used.
+        policy: who stays in the cache: "lru" (default), "lfu", "sieve", "s3fifo" or "next_use". Changes no result.
 
     Shape:
         ids (*) int32 or int64 -> (*, D) float32.
@@ -84,6 +87,8 @@ class Embedding(nn.Module):
         init: InitialValues | str | None = None,
         seed: int | None = None,
         journal_bytes: int = 1 << 30,
+        prefetch_bytes: int = DEFAULT_PREFETCH_BYTES,
+        policy: str = "lru",
     ) -> None:
         _check_supported(max_norm, scale_grad_by_freq, device, dtype)
         num_embeddings = checked_integer("num_embeddings", num_embeddings)
@@ -109,7 +114,8 @@ class Embedding(nn.Module):
             index_bytes=max(1, budget // 4),
         )
         try:
-            self._become(trainable_of(table, budget), padding_idx, sparse)
+            options = checked_options(budget, prefetch_bytes, policy)
+            self._become(trainable_of(table, options), padding_idx, sparse)
             if _weight is not None:
                 self.weight.copy_(_weight)
         except BaseException as error:  # what cannot be used leaves nothing in the way of the next try
@@ -138,6 +144,8 @@ class Embedding(nn.Module):
         cache_bytes: int | None = None,
         cache_rows: int | None = None,
         journal_bytes: int = 1 << 30,
+        prefetch_bytes: int = DEFAULT_PREFETCH_BYTES,
+        policy: str = "lru",
     ) -> "Embedding":
         """A module on an existing table, at its last commit; modules on one table share its cache and gradient.
 
@@ -145,19 +153,21 @@ class Embedding(nn.Module):
             table: a path, or an open Table.
             mode: "r+" to train, "r" to read beside a writer (frozen).
             padding_idx: by default the one the table was made with.
-            cache_bytes, journal_bytes: as in the constructor; what is open already keeps its own.
+            cache_bytes, journal_bytes, prefetch_bytes, policy: as in the constructor; what is open already keeps its
+                own.
             cache_rows: slots of the cache instead of bytes, for experiments.
 
         Raises:
             TableMissing, NotATable, TableLocked, DamagedTable: see Table.open.
         """
         budget = _budget(cache_bytes, None)
+        options = checked_options(budget, prefetch_bytes, policy, cache_rows)
         if not isinstance(table, Table):
             table = open_shared(os.fspath(table), mode, journal_bytes=journal_bytes, index_bytes=max(1, budget // 4))
         if padding_idx is None:
             padding_idx = table.spec.padding_idx
         module = cls.__new__(cls)
-        module._become(trainable_of(table, budget, cache_rows), _checked_padding(padding_idx, table.shape[0]))
+        module._become(trainable_of(table, options), _checked_padding(padding_idx, table.shape[0]))
         return module
 
     @classmethod
@@ -205,6 +215,19 @@ class Embedding(nn.Module):
         table = self.trainable.table
         flat_N = checked_ids(ids, table.shape[0])
         return look_up(self.trainable, flat_N, self.padding_idx).view(*ids.shape, table.shape[1])
+
+    @torch._disable_dynamo
+    def prefetch(self, ids: torch.Tensor) -> None:
+        """Start reading the rows of ids (as for `forward`) that are not in the cache; returns at once.
+
+        A lookup that comes later takes them from there, or waits for what is still on its way. No result changes, and
+        nothing is evicted for it; a prefetch whose lookup never comes is forgotten. At most `prefetch_bytes` of rows
+        are held; what finds no room is read by the lookup, as without prefetch.
+
+        Raises:
+            InvalidIds, RowOutOfRange: as the lookup would.
+        """
+        self.trainable.prefetch(checked_ids(ids, self.table.shape[0]))
 
     @property
     def table(self) -> Table:
@@ -304,3 +327,11 @@ def _budget(cache_bytes: int | None, table_bytes: int | None) -> int:
 
 def _temporary_path() -> str:
     return os.path.join(tempfile.gettempdir(), f"bigembed-{secrets.token_hex(8)}")
+
+
+def checked_options(cache_bytes: int, prefetch_bytes: int, policy: str, cache_rows: int | None = None) -> CacheOptions:
+    """What a user chose about the caches, checked before anything is made."""
+    prefetch_bytes = checked_integer("prefetch_bytes", prefetch_bytes)
+    if prefetch_bytes < 0:
+        raise InvalidArgument(f"prefetch_bytes must be at least 0, not {prefetch_bytes}.")
+    return CacheOptions(cache_bytes, prefetch_bytes, policy, cache_rows)

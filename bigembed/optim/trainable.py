@@ -11,6 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bigembed.cache.row_cache import Located, RowCache
+from bigembed.cache.stack import CacheOptions, CacheStack
 from bigembed.errors import NoOptimizer, StaleGraph, StateMismatch, StorageFailed, TableClosed
 from bigembed.kernels.grouping import group_by_row
 from bigembed.optim.pending import PendingGradient, RowGradient
@@ -35,13 +36,12 @@ class TrainableTable:
     """Look rows up, take their gradients, step.
 
     Args:
-        table: the rows. cache_bytes: what cache and journal index may take of memory, together.
-        cache_rows: slots of the cache instead (for tests); the index then has the table's own limit.
+        table: the rows. options: sizes and policy of the caches above them.
     """
 
-    def __init__(self, table: Table, cache_bytes: int, cache_rows: int | None = None) -> None:
+    def __init__(self, table: Table, options: CacheOptions) -> None:
         self.table = table
-        self._cache_bytes, self._cache_rows = cache_bytes, cache_rows
+        self._options = options
         self.handle = nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
         self.pending = PendingGradient(self.handle)
         arrived = weakref.WeakMethod(self.pending.arrived)
@@ -53,21 +53,30 @@ class TrainableTable:
         self.rebuild_cache()
 
     def rebuild_cache(self) -> None:
-        """A new, empty cache for the table as it is now (its rows or their width have changed)."""
-        source = weakref.proxy(self.table)
-        if self._cache_rows is not None:
-            self.cache = RowCache(source, capacity_rows=self._cache_rows)
-        else:
-            self.cache = RowCache(source, budget_bytes=self._values_bytes())
-        self.table.attach_cache(self.cache, self.rebuild_cache)
+        """New, empty caches for the table as it is now (its rows or their width have changed)."""
+        before = self.__dict__.get("caches")
+        self.caches = CacheStack(weakref.proxy(self.table), self._options, self.table.limits.index_bytes)
+        self.table.attach_cache(self.caches, self.rebuild_cache)
+        if before is not None:
+            before.staging.drop()
         if self._rollbacks != self.table.rollbacks:  # the gradient was of rows that are no more
             self._rollbacks = self.table.rollbacks
             self.pending.drop()
             self.handle.grad = None
 
-    def _values_bytes(self) -> int:
-        """What the budget leaves for rows beside the journal's index."""
-        return max(1, self._cache_bytes - self.table.limits.index_bytes)
+    @property
+    def cache(self) -> RowCache:
+        """The cache that serves lookups."""
+        return self.caches.rows
+
+    # -- ahead ----------------------------------------------------------------------------------------------
+
+    def prefetch(self, ids_N: np.ndarray) -> None:
+        """Start reading the rows of checked ids that a lookup would have to read; see cache/staging.py."""
+        rows_U, _ = group_by_row(ids_N)
+        with self.table.mutex:
+            self._check_open()
+            self.caches.prefetch(rows_U)
 
     # -- forward --------------------------------------------------------------------------------------------
 
@@ -77,6 +86,7 @@ class TrainableTable:
         """The rows of checked ids: (N, D) float32; and for backward rows_U, inverse_N and a ticket."""
         rows_U, inverse_N = group_by_row(ids_N)
         with self.table.mutex:
+            self.caches.staging.tick()
             located = self._fetch(rows_U)
             out_ND = self.cache.gather(located, inverse_N)
         ticket = None
@@ -86,11 +96,14 @@ class TrainableTable:
         return out_ND, rows_U, inverse_N, ticket
 
     def _fetch(self, rows_U: np.ndarray, count: bool = True) -> Located:
-        if self.table.is_closed:  # rows that are still in the cache would be served
-            raise TableClosed(f"{self.table.path} was closed. Open it again with bigembed.Embedding.open.")
+        self._check_open()
         # A forked child must not evict: it could not store what it evicts.
         admit = self.table.may_write or self.table.mode == "r"
         return self.cache.fetch(rows_U, protect_step=self._protect_step(), admit=admit, count=count)
+
+    def _check_open(self) -> None:
+        if self.table.is_closed:  # rows that are still in the cache would be served
+            raise TableClosed(f"{self.table.path} was closed. Open it again with bigembed.Embedding.open.")
 
     def _protect_step(self) -> int | None:
         steps = [ticket.step for ticket in self._tickets]
@@ -184,8 +197,9 @@ class TrainableTable:
                 self.cache.update(located, kernel, gradient.sums_UD, np.float32(signed), *args, count_grain=256)
 
     def stats(self) -> dict[str, Any]:
-        """The table's stats, with the pending gradient's bytes."""
+        """The table's stats, with those of prefetching and the pending gradient's bytes."""
         stats = self.table.stats()
+        stats["prefetch"] = self.caches.staging.stats()
         stats["pending"]["gradient_bytes"] = self.pending.memory_bytes
         return stats
 
@@ -212,11 +226,11 @@ def _call(method: "weakref.WeakMethod[Any]") -> None:
         function()
 
 
-def trainable_of(table: Table, cache_bytes: int, cache_rows: int | None = None) -> TrainableTable:
-    """The one TrainableTable of a table in this process; made at the first call, whose cache sizes count."""
+def trainable_of(table: Table, options: CacheOptions) -> TrainableTable:
+    """The one TrainableTable of a table in this process; made at the first call, whose options count."""
     known = _trainables.get(id(table))
     if known is None or known.table is not table:
-        known = TrainableTable(table, cache_bytes, cache_rows)
+        known = TrainableTable(table, options)
         _trainables[id(table)] = known
     return known
 

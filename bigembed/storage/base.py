@@ -34,8 +34,7 @@ class Base:
 
     def read(self, rows_M: np.ndarray, out_MW: np.ndarray) -> None:
         """The raw records of ascending rows, zeros where nothing was ever written; checks are the caller's."""
-        chunk_M = rows_M // self._spec.chunk_rows
-        offset_M = (rows_M - chunk_M * self._spec.chunk_rows) * self._spec.record_bytes
+        chunk_M, offset_M = self._spec.locate(rows_M)
         self._reader.read(chunk_M, offset_M, out_MW)
 
     def read_stretch(self, row: int, count: int) -> np.ndarray:

@@ -23,6 +23,13 @@ class ChunkFiles:
         self.present: set[int] = set()
         self.look_again()
 
+    def again(self) -> "ChunkFiles":
+        """The same files under descriptors of their own, for another thread."""
+        twin = ChunkFiles.__new__(ChunkFiles)
+        twin.folder, twin.spec, twin.present = self.folder, self.spec, self.present
+        twin._open = OrderedDict()
+        return twin
+
     def look_again(self) -> None:
         """List the files anew (another process may have made some)."""
         names = (name.split(".") for name in os.listdir(self.folder))

@@ -61,6 +61,14 @@ class File:
         with operation("open", path):
             self.fd = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o644)
 
+    def again(self) -> "File":
+        """The same open file under a descriptor of its own: closing or unlinking this one does not touch it."""
+        twin = File.__new__(File)
+        twin.path = self.path
+        with operation("open", self.path):
+            twin.fd = os.dup(self.fd)
+        return twin
+
     def pread(self, count: int, offset: int) -> bytes:
         """Up to `count` bytes from `offset`; fewer only at the end of the file."""
         parts = []

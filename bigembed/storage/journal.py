@@ -34,6 +34,33 @@ def place_of(sequence: int, offset: int) -> int:
     return sequence << OFFSET_BITS | offset
 
 
+def sequences_of(places_M: np.ndarray) -> list[int]:
+    """The segments that these places are in."""
+    return [int(sequence) for sequence in np.unique(places_M >> OFFSET_BITS)]
+
+
+def read_places(segments: dict[int, files.File], places_M: np.ndarray, record_words: int) -> np.ndarray:
+    """The records at these places, unchecked: uint32 (M, W). Reads in file order.
+
+    Args:
+        segments: open files by sequence; those of `sequences_of(places_M)` at least.
+    """
+    order = np.argsort(places_M)
+    sorted_M = places_M[order]
+    sequence_M = sorted_M >> OFFSET_BITS
+    fd_M = np.empty(len(order), np.int64)
+    paths = {}
+    for sequence in sequences_of(sorted_M):
+        file = segments[sequence]
+        fd_M[sequence_M == sequence] = file.fd
+        paths[file.fd] = file.path
+    found_MW = np.empty((len(order), record_words), np.uint32)
+    read_records(fd_M, sorted_M & _OFFSET_MASK, found_MW, paths)
+    records_MW = np.empty_like(found_MW)
+    records_MW[order] = found_MW
+    return records_MW
+
+
 @dataclass
 class Epoch:
     """Segments between two merges, and what is in them.
@@ -167,20 +194,8 @@ class Journal:
         Raises:
             DamagedTable: a record's check is wrong.
         """
-        order = np.argsort(places_M)
-        sorted_M = places_M[order]
-        sequence_M = sorted_M >> OFFSET_BITS
-        fd_M = np.empty(len(order), np.int64)
-        paths = {}
-        for sequence in np.unique(sequence_M):
-            file = self._files[int(sequence)]
-            fd_M[sequence_M == sequence] = file.fd
-            paths[file.fd] = file.path
-        found_MW = np.empty((len(order), self._spec.record_words), np.uint32)
-        read_records(fd_M, sorted_M & _OFFSET_MASK, found_MW, paths)
-        records_MW = np.empty_like(found_MW)
-        records_MW[order] = found_MW
-        damaged = [m for m in threads.run(first_damaged, len(order), rows_M, records_MW, keys_W) if m >= 0]
+        records_MW = read_places(self._files, places_M, self._spec.record_words)
+        damaged = [m for m in threads.run(first_damaged, len(rows_M), rows_M, records_MW, keys_W) if m >= 0]
         damaged.extend(np.flatnonzero(records_MW[:, -1] == 0)[:1].tolist())  # a lost page: none is appended unwritten
         if damaged:
             m = damaged[0]
@@ -190,6 +205,10 @@ class Journal:
                 "Roll back, or restore the journal from a backup."
             )
         return records_MW
+
+    def segments_again(self, sequences: list[int]) -> dict[int, files.File]:
+        """These segments under descriptors of their own: a merge that removes them does not take them away."""
+        return {sequence: self._files[sequence].again() for sequence in sequences}
 
     # -- writing --------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from bigembed.storage.base import READERS
 from bigembed.storage.create import checked_integer, create_table, remove_leftovers
 from bigembed.storage.filesystem import warn_if_remote
 from bigembed.storage.lock import WriterLock
+from bigembed.storage.read_ahead import ReadAhead
 from bigembed.storage.rows import checked_rows, last_of_each
 from bigembed.storage.stats import table_stats
 from bigembed.storage.store import Limits, RecordStore
@@ -303,6 +304,12 @@ class Table:
         with self.mutex:
             self._check_open()
             self._store.fetch(rows_M, values_ME)
+
+    def read_ahead(self, rows_M: np.ndarray) -> ReadAhead:
+        """Plan a read of stored values of ascending distinct rows, below the cache; it runs without the mutex."""
+        with self.mutex:
+            self._check_open()
+            return ReadAhead(self._store, rows_M)
 
     def append_rows(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None:
         """Append changed ascending distinct rows to the journal, below the cache (a cache's RowSource)."""
