@@ -17,6 +17,7 @@ ONLY_USER = {
     "mmap": {"storage/readers.py"},
     "fcntl": {"storage/lock.py"},
     "argparse": {"cli.py"},
+    "triton": {"cache/triton_kernels.py"},
 }
 NO_TORCH = ("errors", "init", "spec", "threads", "kernels", "storage", "cli")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 70

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from bigembed.cache.coming import ComingUses
 from bigembed.cache.index import ABSENT
 from bigembed.cache.row_cache import RowCache
 from bigembed.cache.staging import PlanningSource, Staging
@@ -43,11 +44,21 @@ class CacheStack:
             self.staging, budget_bytes=budget_bytes, capacity_rows=options.cache_rows, policy=options.policy
         )
 
+        self._coming = ComingUses(self.rows.index) if options.policy == "next_use" else None
+
     def prefetch(self, rows_U: np.ndarray) -> None:
-        """Start reading those of these distinct rows that are not in the cache; changes nothing in it."""
+        """Start reading those of these distinct rows that are not in the cache; evicts nothing from it."""
+        if self._coming is not None:
+            self._coming.announce(rows_U, self.rows.step)
         missed = rows_U[self.rows.index.find(rows_U) == ABSENT]
         missed.sort()
         self.staging.prefetch(missed)
+
+    def looked_up(self, rows_U: np.ndarray) -> None:
+        """A forward has fetched these distinct rows."""
+        self.staging.tick()
+        if self._coming is not None:
+            self._coming.looked_up(rows_U)
 
     # -- a table's CacheLayer -------------------------------------------------------------------------------
 
@@ -68,6 +79,8 @@ class CacheStack:
     def drop(self) -> None:
         self.staging.drop()
         self.rows.drop()
+        if self._coming is not None:
+            self._coming.forget()
 
     def stats(self) -> dict[str, Any]:
         return self.rows.stats()

@@ -86,8 +86,8 @@ class TrainableTable:
         """The rows of checked ids: (N, D) float32; and for backward rows_U, inverse_N and a ticket."""
         rows_U, inverse_N = group_by_row(ids_N)
         with self.table.mutex:
-            self.caches.staging.tick()
             located = self._fetch(rows_U)
+            self.caches.looked_up(rows_U)
             out_ND = self.cache.gather(located, inverse_N)
         ticket = None
         if needs_grad:
