@@ -30,6 +30,14 @@ def test_out_of_core(tmp_path: Path) -> None:
     assert "bigembed " in printed
 
 
+def test_hit_rate(tmp_path: Path) -> None:
+    tiny = ("--rows", "4096", "--batch", "128", "--steps", "20", "--page-steps", "6", "--page-file-bytes", "1000000",
+            "--folder", str(tmp_path))  # fmt: skip
+    printed = run("bench_hit_rate.py", *tiny)
+    assert "minus exact LRU on stationary traces" in printed
+    assert "row cache" in printed
+
+
 def test_results_name_command_commit_and_machine() -> None:
     for path in (BENCHMARKS / "results").glob("*.json"):
         assert {"command", "commit", "machine", "versions"} <= json.loads(path.read_text()).keys(), path.name
