@@ -81,7 +81,7 @@ class NoOptimizer(BigembedError, RuntimeError):
 
 
 class StaleGraph(BigembedError, RuntimeError):
-    """A backward pass through rows that a rollback has taken back since the forward."""
+    """A backward pass through rows that were rolled back, or moved to another device, since the forward."""
 
 
 class StateMismatch(BigembedError, ValueError):

@@ -38,6 +38,14 @@ def test_hit_rate(tmp_path: Path) -> None:
     assert "row cache" in printed
 
 
+def test_lookahead(tmp_path: Path) -> None:
+    tiny = ("--gib", "0.005", "--steps", "4", "--warm-steps", "2", "--rounds", "1", "--batch", "256", "--cache-bytes",
+            "2000000", "--disk-seconds", "1", "--folder", str(tmp_path))  # fmt: skip
+    printed = run("bench_lookahead.py", *tiny)
+    assert "zipf 1.05" in printed
+    assert "ahead/larger" in printed
+
+
 def test_results_name_command_commit_and_machine() -> None:
     for path in (BENCHMARKS / "results").glob("*.json"):
         assert {"command", "commit", "machine", "versions"} <= json.loads(path.read_text()).keys(), path.name

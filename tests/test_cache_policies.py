@@ -4,8 +4,10 @@ import naive
 import numpy as np
 import pytest
 from test_cache_index import as_rows, num_threads, some_rows  # noqa: F401
+from test_row_cache import ArraySource, add, random_delta, random_rows
 
 from bigembed.cache.index import ABSENT, POLICIES, IdentityIndex, SetIndex, make_index
+from bigembed.cache.row_cache import RowCache
 from bigembed.errors import InvalidArgument
 from bigembed.kernels import policies
 
@@ -248,3 +250,30 @@ def test_check_notices_damaged_marks(policy, damage):
     damage(index)
     with pytest.raises(AssertionError):
         index._check(1)
+
+
+@pytest.mark.parametrize("capacity_rows", [1, 16, 64])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_row_cache_serves_the_newest_values_under_each_policy(policy, capacity_rows):
+    rng, source = np.random.default_rng(0), ArraySource()
+    cache, oracle = RowCache(source, capacity_rows=capacity_rows, policy=policy), naive.RowCache(source.stored_VE)
+    for _ in range(60):
+        rows_U = random_rows(rng)
+        located = cache.fetch(rows_U)
+        got_UD = cache.gather(located, np.arange(rows_U.size)).numpy()
+        np.testing.assert_array_equal(got_UD, oracle.gather(rows_U, np.arange(rows_U.size), cache.dim))
+        marks = cache.index.mark.copy()
+        again = cache.fetch(rows_U, count=False)
+        if policy != "lru" and capacity_rows == 64 and again.past_PE.shape[0] == 0:
+            np.testing.assert_array_equal(cache.index.mark, marks)  # the second visit is no second use
+        delta_UE = random_delta(rng, rows_U)
+        cache.update(again, add, delta_UE)
+        oracle.update(rows_U, delta_UE)
+        cache._check()
+    cache.write_back()
+    np.testing.assert_array_equal(source.stored_VE, oracle.newest_VE)
+
+
+def test_a_row_cache_names_the_policies_there_are():
+    with pytest.raises(InvalidArgument, match="policy 'mru' is not known"):
+        RowCache(ArraySource(), capacity_rows=16, policy="mru")

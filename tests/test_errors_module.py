@@ -136,7 +136,9 @@ def test_pretrained_rows_that_are_no_matrix(rows):
 
 
 REFUSED_FACTS = {
-    "device cuda": ({"device": "cuda"}, ("'cuda' is not supported", "cpu")),
+    "device cuda:99": ({"device": "cuda:99"}, ("device 'cuda:99'", "torch finds")),
+    "no device": ({"device": "gpu"}, ("device='gpu' is no device", "'cuda'")),
+    "host_cache_bytes": ({"host_cache_bytes": 1 << 20}, ("host_cache_bytes=1048576", "use cache_bytes")),
     "device meta": ({"device": torch.device("meta")}, ("'meta' is not supported", "cpu")),
     "float16": ({"dtype": torch.float16}, ("dtype torch.float16 is not supported", "torch.float32")),
     "int64": ({"dtype": torch.int64}, ("dtype torch.int64 is not supported", "torch.float32")),
@@ -183,9 +185,9 @@ def test_integers_of_numpy_are_integers():
     assert (emb.num_embeddings, emb.embedding_dim, emb.padding_idx) == (V, D, 49)
 
 
-def test_moving_to_another_device(emb):
-    is_there = torch.cuda.is_available()
-    with pytest.raises(InvalidArgument if is_there else torchs_error(lambda: nn.Embedding(V, D).to("cuda"))):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_moving_to_a_device_that_is_not_there(emb):
+    with pytest.raises(torchs_error(lambda: nn.Embedding(V, D).to("cuda"))):
         emb.to("cuda")
     assert emb.handle.device.type == "cpu"
 

@@ -45,10 +45,21 @@ class Model(nn.Module):
         self.dense.step()
 
 
-@pytest.fixture(params=[3, None], ids=["3 rows cached", "all rows cached"])
+CACHES = {
+    "3 rows cached": {"cache_rows": 3},
+    "all rows cached": {},
+    "3 rows on the device": {"device_rows": 3, "cache_rows": 5},
+    "all rows on the device": {"device_rows": 50, "cache_rows": 5},
+}
+
+
+SOME_CACHES = pytest.mark.parametrize("caches", [{}, CACHES["3 rows on the device"]], ids=["host", "device"])
+
+
+@pytest.fixture(params=CACHES)
 def pair(request, tmp_path):
     """A model, and its twin on a dense nn.Embedding."""
-    emb = small_embedding(tmp_path, cache_rows=request.param)
+    emb = small_embedding(tmp_path, **CACHES[request.param])
     return Model(emb), Model(plain_twin(emb))
 
 
@@ -146,9 +157,10 @@ def test_grad_scaler_unscales_clips_and_skips(pair):
     assert_same(pair)
 
 
+@pytest.mark.parametrize("caches", [CACHES["3 rows cached"], CACHES["3 rows on the device"]], ids=["host", "device"])
 @pytest.mark.parametrize("factor", [math.inf, math.nan])
-def test_an_infinite_gradient_leaves_the_table_alone(tmp_path, factor):
-    emb = small_embedding(tmp_path, cache_rows=3)
+def test_an_infinite_gradient_leaves_the_table_alone(tmp_path, factor, caches):
+    emb = small_embedding(tmp_path, **caches)
     opt = optim.Adam(emb)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(emb(torch.tensor([1, 2])).sum()).backward()
@@ -225,8 +237,9 @@ def test_clearing_drops_what_was_pending(pair, clearing):
     assert_same(pair)
 
 
-def test_cleared_gradients_leave_no_trace_in_the_state(tmp_path):
-    emb = small_embedding(tmp_path)
+@SOME_CACHES
+def test_cleared_gradients_leave_no_trace_in_the_state(tmp_path, caches):
+    emb = small_embedding(tmp_path, **caches)
     opt = optim.Adagrad(emb)
     before = rows_and_state(emb).tobytes()
     for set_to_none in (True, False):
@@ -234,7 +247,7 @@ def test_cleared_gradients_leave_no_trace_in_the_state(tmp_path):
         opt.zero_grad(set_to_none)
         opt.step()
     assert rows_and_state(emb).tobytes() == before
-    assert emb.stats()["cache"]["dirty_rows"] == 0
+    assert emb.table._cache.dirty_rows == 0
     assert emb.table.scalars == {}
 
 
@@ -292,8 +305,9 @@ def test_a_frozen_table_needs_no_optimizer(tmp_path):
 # -- optimizers -------------------------------------------------------------------------------------------------
 
 
-def test_a_new_optimizer_takes_over_and_the_old_one_raises(tmp_path):
-    emb = small_embedding(tmp_path)
+@SOME_CACHES
+def test_a_new_optimizer_takes_over_and_the_old_one_raises(tmp_path, caches):
+    emb = small_embedding(tmp_path, **caches)
     old = optim.Adam(emb)
     emb(torch.tensor([1, 2])).sum().backward()
     new = optim.Adam(emb)
@@ -440,8 +454,9 @@ def test_a_backward_that_fails_leaves_no_half_gradient(pair):
     assert_same(pair)
 
 
-def test_a_backward_that_fails_keeps_what_was_pending(tmp_path):
-    emb = small_embedding(tmp_path)
+@SOME_CACHES
+def test_a_backward_that_fails_keeps_what_was_pending(tmp_path, caches):
+    emb = small_embedding(tmp_path, **caches)
     plain = plain_twin(emb)
     opt, theirs = optim.SGD(emb, lr=LR), torch.optim.SGD(plain.parameters(), lr=LR)
     for module in (emb, plain):
@@ -475,8 +490,9 @@ def test_checkpoint_computes_the_lookup_again(pair, use_reentrant):
     assert_same(pair)
 
 
+@SOME_CACHES
 @pytest.mark.parametrize("had_grad", [False, True])
-def test_passes_within_passes_lose_nothing(tmp_path, had_grad):
+def test_passes_within_passes_lose_nothing(tmp_path, had_grad, caches):
     """A reentrant backward that starts while gradients of the outer one are on their way."""
 
     class Inner(torch.autograd.Function):
@@ -491,7 +507,7 @@ def test_passes_within_passes_lose_nothing(tmp_path, had_grad):
                 ctx.module(torch.tensor([5, 6])).sum().backward()
             return grad, None
 
-    emb = small_embedding(tmp_path)
+    emb = small_embedding(tmp_path, **caches)
     plain = plain_twin(emb)
     for module, opt in ((emb, optim.SGD(emb, lr=LR)), (plain, torch.optim.SGD(plain.parameters(), lr=LR))):
         if had_grad:
@@ -557,8 +573,9 @@ def test_rows_of_a_forward_stay_cached_for_its_step(tmp_path, holds):
         assert emb.stats()["cache"]["misses"] == before["misses"]
 
 
-def test_the_second_derivative_is_refused(tmp_path):
-    emb = small_embedding(tmp_path)
+@SOME_CACHES
+def test_the_second_derivative_is_refused(tmp_path, caches):
+    emb = small_embedding(tmp_path, **caches)
     opt = optim.SGD(emb)
     rows = emb(torch.tensor([1, 2]))
     (grad,) = torch.autograd.grad(rows.pow(3).sum(), emb.handle, create_graph=True)

@@ -1,4 +1,4 @@
-"""The table's bits after training do not depend on cache, threads, merges, automatic commits or reopening.
+"""The table's bits after training do not depend on cache, policy, prefetching, threads, merges, commits or reopening.
 
 Each way of training takes the same seeded batches; every one must leave the whole table, weights and state, with the
 bytes of the plainest: all rows cached, one thread, one commit at the end.
@@ -14,6 +14,7 @@ from training import RULES, batches
 
 import bigembed
 from bigembed import threads
+from bigembed.cache.index import POLICIES
 
 V, D, STEPS = 300, 8, 12
 GRAIN = 4  # items that are worth a thread here, so that a small test is shared among all
@@ -32,8 +33,9 @@ def num_threads(request, monkeypatch):
     bigembed.set_num_threads(before)
 
 
-def make_module(path, cache_rows, journal_bytes):
-    return bigembed.Embedding.open(path, cache_rows=cache_rows, journal_bytes=journal_bytes, padding_idx=3)
+def make_module(path, cache_rows, journal_bytes, policy):
+    facts = {"cache_rows": cache_rows, "journal_bytes": journal_bytes, "policy": policy}
+    return bigembed.Embedding.open(path, padding_idx=3, **facts)
 
 
 def train(
@@ -45,16 +47,22 @@ def train(
     merge=False,
     reopen_every=None,
     journal_bytes=1 << 30,
+    policy="lru",
+    depth=0,
     steps=STEPS,
 ):
     """The bytes of the whole table after training, and what `stats()` said before the last close."""
     make, facts = RULES[rule]
     path = tempfile.mkdtemp(dir=folder) + "/t"
     bigembed.Table.create(path, V, D, seed=5).close()
-    emb = make_module(path, cache_rows, journal_bytes)
+    emb = make_module(path, cache_rows, journal_bytes, policy)
     opt = make(emb, **facts)
     rng = np.random.default_rng(3)
-    for step, ids in enumerate(batches(steps, V, size=(40, 3)), start=1):
+    loader = list(batches(steps, V, size=(40, 3)))
+    for step, ids in enumerate(loader, start=1):
+        if depth:
+            for coming in loader[: depth + 1] if step == 1 else loader[step - 1 + depth : step + depth]:
+                emb.prefetch(coming)
         target = torch.from_numpy(rng.standard_normal((40, 1, D)).astype(np.float32))
         loss = (emb(ids).tanh() - target).pow(2).sum() + emb(ids[::2]).pow(3).mean()
         loss.backward()
@@ -67,7 +75,7 @@ def train(
             emb.commit(f"step {step}")
             emb.close()
             del emb, opt, loss
-            emb = make_module(path, cache_rows, journal_bytes)
+            emb = make_module(path, cache_rows, journal_bytes, policy)
             opt = make(emb, **facts)
         elif commit_every is not None and step % commit_every == 0:
             emb.commit(f"step {step}")
@@ -95,6 +103,13 @@ WAYS = {
     "commits": {"cache_rows": 5, "commit_every": 3},
     "tiny journal": {"cache_rows": 64, "journal_bytes": 20_000},
     "tinier journal": {"cache_rows": 5, "journal_bytes": 1},
+    "1 batch ahead": {"cache_rows": 64, "depth": 1},
+    "4 batches ahead": {"cache_rows": 64, "depth": 4},
+    "2 ahead, 1 row cached, merges": {"cache_rows": 1, "depth": 2, "commit_every": 2, "merge": True},
+    "lfu": {"cache_rows": 64, "policy": "lfu", "journal_bytes": 20_000},
+    "sieve, ahead": {"cache_rows": 64, "policy": "sieve", "depth": 3, "commit_every": 3},
+    "s3fifo": {"cache_rows": 64, "policy": "s3fifo"},
+    "next_use, ahead": {"cache_rows": 64, "policy": "next_use", "depth": 3, "journal_bytes": 20_000},
     "reopened": {"cache_rows": 64, "reopen_every": 5},
     "reopened at every step": {"reopen_every": 1, "journal_bytes": 20_000},
 }
@@ -113,6 +128,8 @@ def test_every_way_of_training_gives_the_same_bytes(tmp_path, rule, way):
         assert stats["cache"]["past"] > 1000
     if way == "64 rows cached":
         assert stats["cache"]["evictions"] > 100
+    if "ahead" in way:
+        assert stats["prefetch"]["taken"] > 100
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -145,7 +162,7 @@ def test_reopening_without_the_step_count_would_show(tmp_path, monkeypatch):
     assert train(tmp_path, "Adam", reopen_every=5)[0] != plainest("Adam")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(6))
 def test_any_mixture_gives_the_same_bytes(tmp_path, seed):
     rng = np.random.default_rng(seed)
     rule = list(RULES)[rng.integers(len(RULES))]
@@ -155,5 +172,7 @@ def test_any_mixture_gives_the_same_bytes(tmp_path, seed):
         "merge": bool(rng.integers(2)),
         "reopen_every": int(rng.integers(2, 9)),
         "journal_bytes": int(10 ** rng.uniform(2, 6)),
+        "depth": int(rng.integers(0, 5)),
+        "policy": str(rng.choice(POLICIES)),
     }
     assert train(tmp_path, rule, **way)[0] == plainest(rule), way

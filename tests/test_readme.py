@@ -44,5 +44,5 @@ def test_the_test_command_is_the_one_that_ci_runs() -> None:
 
 
 def test_docstring_examples_run() -> None:
-    for module in ("bigembed.storage.table", "bigembed.nn.embedding"):
+    for module in ("bigembed.storage.table", "bigembed.nn.embedding", "bigembed.nn.lookahead"):
         subprocess.run([sys.executable, "-m", "doctest", str(ROOT / (module.replace(".", "/") + ".py"))], check=True)

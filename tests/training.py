@@ -24,9 +24,10 @@ def small_table(folder, num_rows=50, dim=4, *, journal_bytes=1 << 30, seed=7, **
     return bigembed.Table.create(path, num_rows, dim, **facts)
 
 
-def small_embedding(folder, *args, cache_rows=None, **facts):
+def small_embedding(folder, *args, cache_rows=None, device=None, device_rows=None, **facts):
     """A module on a temporary table, with a cache of `cache_rows` rows; None is room for all."""
-    return bigembed.Embedding.open(small_table(folder, *args, **facts), cache_rows=cache_rows)
+    table = small_table(folder, *args, **facts)
+    return bigembed.Embedding.open(table, cache_rows=cache_rows, device=device, device_rows=device_rows)
 
 
 def plain_twin(emb, sparse=False):

@@ -19,7 +19,7 @@ from bigembed.cache.device_index import DeviceAdmission, make_device_index
 from bigembed.cache.device_ops import ABSENT, Batch, compact, distinct
 from bigembed.cache.device_report import MissReport
 from bigembed.cache.row_cache import RowSource
-from bigembed.cache.transfer import Transfer
+from bigembed.cache.transfer import Transfer, checked_device
 from bigembed.errors import InvalidArgument
 
 LAST_ROW = (1 << 63) - 1  # sorts behind every row
@@ -71,18 +71,19 @@ class DeviceCache:
         for name, value in (("budget_bytes", budget_bytes), ("capacity_rows", capacity_rows), ("ways", ways)):
             if value is not None and value < 1:
                 raise InvalidArgument(f"{name} must be at least 1, not {value}.")
-        self.device = torch.device(device)
+        self.device = checked_device(device)
         self.transfer = Transfer(self.device)
         self.source = source
         self.dim, self.width = source.spec.dim, source.spec.row_width
         sizes = {"budget_bytes": budget_bytes, "capacity_rows": capacity_rows}
         row_bytes = 4 * self.width + 1
         try:
-            self.index = make_device_index(source.spec.num_rows, row_bytes, **sizes, ways=ways, device=self.device)
-            self.num_slots = self.index.num_slots
-            # One slot more than there are: what must go nowhere goes there, and nothing ever comes from it.
-            self._values = torch.empty((self.num_slots + 1, self.width), dtype=torch.float32, device=self.device)
-            self._dirty = torch.zeros(self.num_slots + 1, dtype=torch.bool, device=self.device)
+            with torch.inference_mode(False):  # they will be changed outside of it too
+                self.index = make_device_index(source.spec.num_rows, row_bytes, **sizes, ways=ways, device=self.device)
+                self.num_slots = self.index.num_slots
+                # One slot more than there are: what must go nowhere goes there, and nothing ever comes from it.
+                self._values = torch.empty((self.num_slots + 1, self.width), dtype=torch.float32, device=self.device)
+                self._dirty = torch.zeros(self.num_slots + 1, dtype=torch.bool, device=self.device)
         except (MemoryError, RuntimeError) as error:  # torch's ways to say that there is none
             given = ", ".join(f"{name}={value}" for name, value in sizes.items() if value is not None)
             raise InvalidArgument(f"a cache of {given} cannot be had: {error}. Make it smaller.") from error

@@ -1,33 +1,53 @@
 """CacheStack: what stands between a table and its modules, from the rows read ahead up to the hot rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from bigembed.cache.coming import ComingUses
 from bigembed.cache.index import ABSENT
-from bigembed.cache.row_cache import RowCache
+from bigembed.cache.row_cache import Located, RowCache
 from bigembed.cache.staging import PlanningSource, Staging
+from bigembed.kernels.grouping import group_by_row
 
 DEFAULT_PREFETCH_BYTES = 64 << 20
+DEFAULT_DEVICE_BYTES = 1 << 30
+CPU = torch.device("cpu")
+UPDATE_GRAIN_ROWS = 256  # rows of an update that are worth a thread
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """What a user can choose about the caches of a table.
+    """What a user can choose about the caches of a table. A move to another device changes `device` alone.
 
     Args:
-        cache_bytes: memory for hot rows and the journal's index, together.
+        host_bytes: memory on the host for hot rows and the journal's index, together.
         prefetch_bytes: memory for rows read ahead, beside it; taken only while there are such rows.
-        policy: who stays in the cache, see cache/index.py.
-        cache_rows: slots of the cache instead of bytes, for experiments.
+        policy: who stays in the host's cache, see cache/index.py.
+        cache_rows: slots of the host's cache instead of bytes, for experiments.
+        device: where rows are served.
+        device_bytes: memory for hot rows there, where that is not the host; None is the default.
+        device_rows: slots of a cache on the device instead of bytes, for experiments; it exists on the cpu too then.
     """
 
-    cache_bytes: int
+    host_bytes: int
     prefetch_bytes: int = DEFAULT_PREFETCH_BYTES
     policy: str = "lru"
     cache_rows: int | None = None
+    device: torch.device = CPU
+    device_bytes: int | None = None
+    device_rows: int | None = None
+
+    @property
+    def has_device_tier(self) -> bool:
+        return self.device.type != "cpu" or self.device_rows is not None
+
+    @property
+    def device_budget_bytes(self) -> int:
+        return DEFAULT_DEVICE_BYTES if self.device_bytes is None else self.device_bytes
 
 
 class CacheStack:
@@ -37,28 +57,55 @@ class CacheStack:
         source: the table. index_bytes: what of the budget the journal's index may take.
     """
 
+    _host_cache = RowCache
+
     def __init__(self, source: PlanningSource, options: CacheOptions, index_bytes: int) -> None:
         self.staging = Staging(source, options.prefetch_bytes)
-        budget_bytes = max(1, options.cache_bytes - index_bytes) if options.cache_rows is None else None
-        self.rows = RowCache(
+        budget_bytes = max(1, options.host_bytes - index_bytes) if options.cache_rows is None else None
+        self.rows = self._host_cache(
             self.staging, budget_bytes=budget_bytes, capacity_rows=options.cache_rows, policy=options.policy
         )
-
         self._coming = ComingUses(self.rows.index) if options.policy == "next_use" else None
+
+    # -- rows of a batch ------------------------------------------------------------------------------------
 
     def prefetch(self, rows_U: np.ndarray) -> None:
         """Start reading those of these distinct rows that are not in the cache; evicts nothing from it."""
+        self._announce(rows_U)
+        self._read_ahead(rows_U)
+
+    def _announce(self, rows_U: np.ndarray) -> None:
         if self._coming is not None:
             self._coming.announce(rows_U, self.rows.step)
+
+    def _read_ahead(self, rows_U: np.ndarray) -> None:
         missed = rows_U[self.rows.index.find(rows_U) == ABSENT]
         missed.sort()
         self.staging.prefetch(missed)
 
-    def looked_up(self, rows_U: np.ndarray) -> None:
-        """A forward has fetched these distinct rows."""
+    def look_up(self, ids_N: Any, **how: Any) -> tuple[torch.Tensor, Any, Any]:
+        """(the rows of checked ids as (N, D), where they are, each position's place among them).
+
+        Args:
+            how: as in `RowCache.fetch`.
+        """
+        rows_U, inverse_N = group_by_row(ids_N)
+        located = self.rows.fetch(rows_U, **how)
         self.staging.tick()
         if self._coming is not None:
             self._coming.looked_up(rows_U)
+        return self.rows.gather(located, inverse_N), located, inverse_N
+
+    def fetch(self, rows_U: Any, **how: Any) -> Any:
+        """`RowCache.fetch` where rows are served: what `update` needs."""
+        return self.rows.fetch(rows_U, **how)
+
+    def update(
+        self, located: Any, kernel: Callable[..., Any], device_rule: Callable[..., torch.Tensor], *args: Any
+    ) -> None:
+        """Change rows by an optimizer's rule, which comes as a kernel for the host and in torch ops for a device."""
+        assert isinstance(located, Located)
+        self.rows.update(located, kernel, *args, count_grain=UPDATE_GRAIN_ROWS)
 
     # -- a table's CacheLayer -------------------------------------------------------------------------------
 
@@ -83,4 +130,14 @@ class CacheStack:
             self._coming.forget()
 
     def stats(self) -> dict[str, Any]:
+        """The host cache's."""
         return self.rows.stats()
+
+    def device_stats(self) -> dict[str, Any]:
+        """The device cache's, empty where there is none."""
+        return {}
+
+    def _check(self) -> None:
+        """Assert every invariant."""
+        self.staging._check()
+        self.rows._check()

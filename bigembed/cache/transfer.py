@@ -101,7 +101,7 @@ class _Buffers:
 
     def __init__(self, copier: Copier) -> None:
         self._copier = copier
-        self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
+        self._buffers = [torch.empty(0, dtype=torch.uint8, device="cpu")] * 2
         self._events: list[Event | None] = [None, None]
         self._latest = 1
         self.stalls = 0
@@ -119,7 +119,8 @@ class _Buffers:
             self._events[at] = None
         needed = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
         if self._buffers[at].numel() < needed:
-            self._buffers[at] = self._copier.buffer(1 << (needed - 1).bit_length())
+            with torch.inference_mode(False):  # it will be written outside of it too
+                self._buffers[at] = self._copier.buffer(1 << (needed - 1).bit_length())
         return self._buffers[at][:needed].view(dtype).view(shape)
 
     def guard(self, event: Event) -> None:
@@ -131,14 +132,31 @@ def _size_bytes(host: torch.Tensor) -> int:
     return host.numel() * host.element_size()
 
 
-def _copier_for(device: torch.device) -> Copier:
-    if device.type == "cpu":
-        return _PlainCopier()
-    if device.type != "cuda":
-        raise InvalidArgument(f"device {str(device)!r} is not supported; rows are cached on 'cpu' or 'cuda'.")
+def checked_device(device: str | int | torch.device) -> torch.device:
+    """A device that rows can be cached on, with its number where there may be several.
+
+    Raises:
+        InvalidArgument: it is no CPU and no CUDA device of this machine.
+    """
+    try:
+        given = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidArgument(f"device={device!r} is no device: {error}. Use 'cpu' or 'cuda'.") from error
+    if given.type == "cpu":
+        return torch.device("cpu")
+    if given.type != "cuda":
+        raise InvalidArgument(f"device {str(given)!r} is not supported; rows are cached on 'cpu' or 'cuda'.")
     if not torch.cuda.is_available():
-        raise InvalidArgument(f"device {str(device)!r} needs CUDA, and torch finds none here. Use device='cpu'.")
-    return _CudaCopier(device)
+        raise InvalidArgument(f"device {str(given)!r} needs CUDA, and torch finds none here. Use device='cpu'.")
+    number = torch.cuda.current_device() if given.index is None else given.index
+    if number >= torch.cuda.device_count():
+        raise InvalidArgument(f"device {str(given)!r} is not there; torch finds {torch.cuda.device_count()} of them.")
+    return torch.device("cuda", number)
+
+
+def _copier_for(device: torch.device) -> Copier:
+    device = checked_device(device)
+    return _PlainCopier() if device.type == "cpu" else _CudaCopier(device)
 
 
 class _Passed:
@@ -153,7 +171,7 @@ class _PlainCopier:
     """The device is the host: a copy is done when it returns."""
 
     def buffer(self, size_bytes: int) -> torch.Tensor:
-        return torch.empty(size_bytes, dtype=torch.uint8)
+        return torch.empty(size_bytes, dtype=torch.uint8, device="cpu")
 
     def up(self, host: torch.Tensor) -> tuple[torch.Tensor, Event]:
         return host.clone(), _Passed()
@@ -171,7 +189,7 @@ class _CudaCopier:
         self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def buffer(self, size_bytes: int) -> torch.Tensor:
-        return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        return torch.empty(size_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
 
     def up(self, host: torch.Tensor) -> tuple[torch.Tensor, Event]:
         # Allocated on the side stream, so that the copy need not wait for what the caller's stream still computes;

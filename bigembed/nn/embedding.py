@@ -1,36 +1,36 @@
 """Embedding: torch.nn.Embedding's face on a table that is on disk."""
 
 import os
-import secrets
 import shutil
-import tempfile
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
-from bigembed.cache.stack import DEFAULT_PREFETCH_BYTES, CacheOptions
+from bigembed.cache.stack import DEFAULT_PREFETCH_BYTES
+from bigembed.cache.transfer import checked_device
 from bigembed.errors import BigembedError, InvalidArgument
 from bigembed.init import InitialValues
 from bigembed.nn.autograd import look_up
-from bigembed.nn.ids import checked_ids
+from bigembed.nn.ids import checked_ids, ids_on
+from bigembed.nn.options import (
+    SMALL_TABLE_ROW_BYTES,
+    InvalidEmbedding,
+    check_supported,
+    checked_options,
+    checked_padding,
+    temporary_path,
+)
 from bigembed.nn.weight import WeightView
 from bigembed.optim.trainable import TrainableTable, trainable_of
 from bigembed.storage.create import checked_integer
 from bigembed.storage.opened import open_shared
 from bigembed.storage.table import Table
 
-DEFAULT_CACHE_BYTES = 256 << 20
-SMALL_TABLE_ROW_BYTES = 512  # beside a row's weights: state, and a quarter of the budget is enough index for every row
-
 
 class CannotCopy(BigembedError, TypeError):
     """A module was to be copied or pickled (torch users catch TypeError for what cannot be pickled)."""
-
-
-class InvalidEmbedding(InvalidArgument, AssertionError):
-    """padding_idx is not a row, or given rows have the wrong shape (torch raises AssertionError for these)."""
 
 
 class Embedding(nn.Module):
@@ -42,18 +42,21 @@ class Embedding(nn.Module):
         max_norm, norm_type, scale_grad_by_freq: not supported by this version, an error unless at their defaults.
         sparse: accepted; gradients are always kept by row.
         _weight: a (V, D) tensor that the rows start from. _freeze: do not train.
-        device: "cpu". dtype: torch.float32.
+        device: where lookups and updates run: "cpu" (default) or a CUDA device. dtype: torch.float32.
         path: the table's folder, made anew; None is a temporary table that goes with the module.
         cache_bytes: memory for hot rows and the journal's index; by default 256 MiB, or what the whole table takes
-            where that is less.
+            where that is less. With a CUDA device it is memory there, for hot rows; by default 1 GiB.
+        host_cache_bytes: with a CUDA device, memory on the host for rows that are less hot, and for the journal's
+            index; by default 256 MiB.
         init: what rows hold before they are written: bigembed.init.normal() (default), uniform, zeros, constant.
         seed: decides the initial values; by default drawn from torch's generator.
         journal_bytes: see Table.open.
         prefetch_bytes: memory for rows read ahead, beside cache_bytes; taken only where `prefetch` is used.
-        policy: who stays in the cache: "lru" (default), "lfu", "sieve", "s3fifo" or "next_use". Changes no result.
+        policy: who stays in the host's cache: "lru" (default), "lfu", "sieve", "s3fifo" or "next_use". Changes no
+            result.
 
     Shape:
-        ids (*) int32 or int64 -> (*, D) float32.
+        ids (*) int32 or int64, on the host or the module's device -> (*, D) float32 on the module's device.
 
     Raises:
         TableExists: something stands at `path`; open a table with Embedding.open.
@@ -84,24 +87,32 @@ class Embedding(nn.Module):
         *,
         path: str | os.PathLike[str] | None = None,
         cache_bytes: int | None = None,
+        host_cache_bytes: int | None = None,
         init: InitialValues | str | None = None,
         seed: int | None = None,
         journal_bytes: int = 1 << 30,
         prefetch_bytes: int = DEFAULT_PREFETCH_BYTES,
         policy: str = "lru",
     ) -> None:
-        _check_supported(max_norm, scale_grad_by_freq, device, dtype)
+        check_supported(max_norm, scale_grad_by_freq, dtype)
         num_embeddings = checked_integer("num_embeddings", num_embeddings)
         embedding_dim = checked_integer("embedding_dim", embedding_dim)
-        padding_idx = _checked_padding(padding_idx, num_embeddings)
+        padding_idx = checked_padding(padding_idx, num_embeddings)
         if _weight is not None and list(_weight.shape) != [num_embeddings, embedding_dim]:
             raise InvalidEmbedding(
                 f"_weight has shape {tuple(_weight.shape)}; ({num_embeddings}, {embedding_dim}) was expected."
             )
         if seed is None:
             seed = int(torch.randint(0, 1 << 62, (), device="cpu").item())
-        budget = _budget(cache_bytes, num_embeddings * (4 * embedding_dim + SMALL_TABLE_ROW_BYTES))
-        where = path if path is not None else _temporary_path()
+        options = checked_options(
+            device=device,
+            cache_bytes=cache_bytes,
+            host_cache_bytes=host_cache_bytes,
+            prefetch_bytes=prefetch_bytes,
+            policy=policy,
+            table_bytes=num_embeddings * (4 * embedding_dim + SMALL_TABLE_ROW_BYTES),
+        )
+        where = path if path is not None else temporary_path()
         table = Table.create(
             where,
             num_embeddings,
@@ -111,10 +122,9 @@ class Embedding(nn.Module):
             padding_idx=padding_idx,
             is_temporary=path is None,
             journal_bytes=journal_bytes,
-            index_bytes=max(1, budget // 4),
+            index_bytes=max(1, options.host_bytes // 4),
         )
         try:
-            options = checked_options(budget, prefetch_bytes, policy)
             self._become(trainable_of(table, options), padding_idx, sparse)
             if _weight is not None:
                 self.weight.copy_(_weight)
@@ -146,6 +156,9 @@ class Embedding(nn.Module):
         journal_bytes: int = 1 << 30,
         prefetch_bytes: int = DEFAULT_PREFETCH_BYTES,
         policy: str = "lru",
+        device: Any = None,
+        host_cache_bytes: int | None = None,
+        device_rows: int | None = None,
     ) -> "Embedding":
         """A module on an existing table, at its last commit; modules on one table share its cache and gradient.
 
@@ -153,21 +166,37 @@ class Embedding(nn.Module):
             table: a path, or an open Table.
             mode: "r+" to train, "r" to read beside a writer (frozen).
             padding_idx: by default the one the table was made with.
-            cache_bytes, journal_bytes, prefetch_bytes, policy: as in the constructor; what is open already keeps its
-                own.
-            cache_rows: slots of the cache instead of bytes, for experiments.
+            cache_bytes, host_cache_bytes, journal_bytes, prefetch_bytes, policy: as in the constructor; what is open
+                already keeps its own.
+            device: as in the constructor; by default where the table's modules are, if it is open already.
+            cache_rows: slots of the host's cache instead of bytes, for experiments.
+            device_rows: slots of a cache on the device instead of bytes, for experiments; on the cpu there is one then.
 
         Raises:
-            TableMissing, NotATable, TableLocked, DamagedTable: see Table.open.
+            TableMissing, NotATable, TableLocked, DamagedTable: see Table.open. InvalidArgument: the table is open with
+                modules on another device.
         """
-        budget = _budget(cache_bytes, None)
-        options = checked_options(budget, prefetch_bytes, policy, cache_rows)
+        options = checked_options(
+            device=device,
+            cache_bytes=cache_bytes,
+            host_cache_bytes=host_cache_bytes,
+            prefetch_bytes=prefetch_bytes,
+            policy=policy,
+            cache_rows=cache_rows,
+            device_rows=device_rows,
+        )
         if not isinstance(table, Table):
-            table = open_shared(os.fspath(table), mode, journal_bytes=journal_bytes, index_bytes=max(1, budget // 4))
+            index_bytes = max(1, options.host_bytes // 4)
+            table = open_shared(os.fspath(table), mode, journal_bytes=journal_bytes, index_bytes=index_bytes)
         if padding_idx is None:
             padding_idx = table.spec.padding_idx
         module = cls.__new__(cls)
-        module._become(trainable_of(table, options), _checked_padding(padding_idx, table.shape[0]))
+        module._become(trainable_of(table, options), checked_padding(padding_idx, table.shape[0]))
+        if device is not None and module.trainable.device != options.device:
+            raise InvalidArgument(
+                f"{table.path} is open with modules on {module.trainable.device}. Open it without device=..., and move "
+                f"all of them with .to({str(options.device)!r})."
+            )
         return module
 
     @classmethod
@@ -190,7 +219,7 @@ class Embedding(nn.Module):
             embeddings: torch.Tensor, np.ndarray, or the path of a table (opened, not copied; mode "r" if frozen).
             freeze: do not train. The others as in the constructor; rows are taken as they are, padding_idx too.
         """
-        _check_supported(max_norm, scale_grad_by_freq, None, None)
+        check_supported(max_norm, scale_grad_by_freq, None)
         if isinstance(embeddings, str | os.PathLike):
             if path is not None:
                 raise InvalidArgument(f"{embeddings} is opened where it is, not copied: leave path={path!r} out.")
@@ -212,22 +241,24 @@ class Embedding(nn.Module):
     @torch._disable_dynamo  # under torch.compile it runs as it is, between two graphs
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """The rows of ids, (*ids.shape, D)."""
-        table = self.trainable.table
-        flat_N = checked_ids(ids, table.shape[0])
-        return look_up(self.trainable, flat_N, self.padding_idx).view(*ids.shape, table.shape[1])
+        trainable = self.trainable
+        num_rows, dim = trainable.table.shape
+        flat_N = ids_on(trainable.device, ids) if trainable.has_device_tier else checked_ids(ids, num_rows)
+        return look_up(trainable, flat_N, self.padding_idx).view(*ids.shape, dim)
 
     @torch._disable_dynamo
     def prefetch(self, ids: torch.Tensor) -> None:
-        """Start reading the rows of ids (as for `forward`) that are not in the cache; returns at once.
+        """Start reading the rows of ids (as for `forward`) that are in no cache; returns at once.
 
         A lookup that comes later takes them from there, or waits for what is still on its way. No result changes, and
         nothing is evicted for it; a prefetch whose lookup never comes is forgotten. At most `prefetch_bytes` of rows
-        are held; what finds no room is read by the lookup, as without prefetch.
+        are held; what finds no room is read by the lookup, as without prefetch. On a device module this waits for the
+        device, to ask which rows it holds.
 
         Raises:
             InvalidIds, RowOutOfRange: as the lookup would.
         """
-        self.trainable.prefetch(checked_ids(ids, self.table.shape[0]))
+        self.trainable.prefetch(checked_ids(ids, self.table.shape[0], self.trainable.device))
 
     @property
     def table(self) -> Table:
@@ -252,7 +283,7 @@ class Embedding(nn.Module):
         return self.table.commit(note, payload)
 
     def stats(self) -> dict[str, Any]:
-        """Counters and sizes of the table and its cache, by part."""
+        """Counters and sizes by part: the table's, its cache's on the host ("cache") and on a device ("device")."""
         return self.trainable.stats()
 
     def to_nn_embedding(self) -> nn.Embedding:
@@ -263,7 +294,7 @@ class Embedding(nn.Module):
         with torch.no_grad():
             for first, last in self.weight._blocks():
                 plain.weight[first:last] = self.weight[first:last].as_subclass(torch.Tensor)
-        return plain.requires_grad_(self.handle.requires_grad)
+        return plain.to(self.handle.device).requires_grad_(self.handle.requires_grad)
 
     def close(self) -> None:
         """Close the table, for every module on it; uncommitted changes are discarded with a warning."""
@@ -286,52 +317,11 @@ class Embedding(nn.Module):
         return text + ("" if self.table.is_temporary else f", path={self.table.path!r}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Embedding":
-        """`.to()`, `.half()` and the like: the handle stays one float32 on the cpu, as the rows do."""
+        """`.to()`, `.cuda()`, `.half()` and the like: rows are served on the new device, for every module on the table.
+
+        The handle stays the same Parameter, one float32, and the table where it is.
+        """
         moved = fn(self.handle.detach())
-        if moved.device.type not in ("cpu", "meta"):
-            raise InvalidArgument(
-                f"device {str(moved.device)!r} is not supported; this version serves rows on the cpu."
-            )
+        if moved.device.type != "meta" and moved.device != self.handle.device:
+            self.trainable.move(device=checked_device(moved.device))
         return self
-
-
-def _check_supported(max_norm: Any, scale_grad_by_freq: bool, device: Any, dtype: Any) -> None:
-    if max_norm is not None or scale_grad_by_freq:
-        raise InvalidArgument("max_norm and scale_grad_by_freq are not supported by this version; leave them out.")
-    if device is not None and torch.device(device).type != "cpu":
-        raise InvalidArgument(f"device {str(device)!r} is not supported; this version serves rows on the cpu.")
-    if dtype not in (None, torch.float32):
-        raise InvalidArgument(f"dtype {dtype} is not supported; this version stores torch.float32.")
-
-
-def _checked_padding(padding_idx: int | None, num_rows: int) -> int | None:
-    if padding_idx is None:
-        return None
-    if not -num_rows <= checked_integer("padding_idx", padding_idx) < num_rows:
-        raise InvalidEmbedding(
-            f"Padding_idx must be within num_embeddings: {padding_idx} is not a row of {num_rows} rows. Use "
-            f"{-num_rows} to {num_rows - 1}, or None."
-        )
-    return padding_idx % num_rows
-
-
-def _budget(cache_bytes: int | None, table_bytes: int | None) -> int:
-    """The memory for cache and index; by default 256 MiB, or what holds a smaller table whole."""
-    if cache_bytes is None:
-        return DEFAULT_CACHE_BYTES if table_bytes is None else min(DEFAULT_CACHE_BYTES, table_bytes + (1 << 20))
-    cache_bytes = checked_integer("cache_bytes", cache_bytes)
-    if cache_bytes < 1:
-        raise InvalidArgument(f"cache_bytes must be positive, not {cache_bytes}.")
-    return cache_bytes
-
-
-def _temporary_path() -> str:
-    return os.path.join(tempfile.gettempdir(), f"bigembed-{secrets.token_hex(8)}")
-
-
-def checked_options(cache_bytes: int, prefetch_bytes: int, policy: str, cache_rows: int | None = None) -> CacheOptions:
-    """What a user chose about the caches, checked before anything is made."""
-    prefetch_bytes = checked_integer("prefetch_bytes", prefetch_bytes)
-    if prefetch_bytes < 0:
-        raise InvalidArgument(f"prefetch_bytes must be at least 0, not {prefetch_bytes}.")
-    return CacheOptions(cache_bytes, prefetch_bytes, policy, cache_rows)

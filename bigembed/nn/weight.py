@@ -111,7 +111,7 @@ class WeightView:
         num_rows = self.shape[0]
         if isinstance(key, slice):
             return np.arange(*key.indices(num_rows))
-        rows = np.asarray(key)
+        rows = np.asarray(key.cpu() if isinstance(key, torch.Tensor) else key)
         if isinstance(key, list) and not rows.size:
             rows = rows.astype(np.int64)  # an empty list has no dtype of its own
         if rows.dtype == np.bool_:
@@ -129,7 +129,7 @@ class WeightView:
             raise InvalidArgument(f"weight has 2 dimensions, {len(key)} indices were given; use weight[rows, columns].")
         key, columns = key if isinstance(key, tuple) else (key, slice(None))
         rows = torch.from_numpy(self._trainable.table.read(self._rows(key)))[..., columns]
-        return rows.as_subclass(RowsCopy)
+        return rows.to(self.device).as_subclass(RowsCopy)
 
     def __setitem__(self, key: Any, values: Any) -> None:
         """Write rows through to the table; uncommitted until `commit`."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from bigembed.errors import InvalidArgument
 from bigembed.kernels import rules
+from bigembed.optim import device_rules
 from bigembed.optim.optimizer import TableOptimizer
 from bigembed.spec import StateColumns
 
@@ -26,6 +27,7 @@ class Adagrad(TableOptimizer):
     """
 
     rule = "adagrad"
+    device_rule = staticmethod(device_rules.adagrad)
 
     def __init__(
         self,

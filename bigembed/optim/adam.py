@@ -11,6 +11,7 @@ import numpy as np
 
 from bigembed.errors import InvalidArgument
 from bigembed.kernels import rules
+from bigembed.optim import device_rules
 from bigembed.optim.optimizer import TableOptimizer
 from bigembed.spec import StateColumns
 
@@ -26,6 +27,7 @@ class Adam(TableOptimizer):
     """
 
     rule = "adam"
+    device_rule = staticmethod(device_rules.adam)
 
     def __init__(
         self,

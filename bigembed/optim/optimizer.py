@@ -29,6 +29,7 @@ class TableOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[str]
+    device_rule: ClassVar[Callable[..., torch.Tensor]]  # what `_kernel` names, in torch ops
 
     def __init__(self, modules: Any, defaults: dict[str, Any], reset_state: bool) -> None:
         self._tables: dict[int, TrainableTable] = {}

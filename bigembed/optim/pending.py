@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -16,6 +17,20 @@ from torch import nn
 from bigembed import threads
 from bigembed.kernels.grouping import group_by_row, sum_by_row
 from bigembed.kernels.rules import row_squares, scale_rows
+
+
+class Gradient(Protocol):
+    """A sum of gradients by row: RowGradient, or DeviceRowGradient with tensors for arrays."""
+
+    rows_U: Any
+    sums_UD: Any
+    step: int
+
+    def norm(self) -> float | torch.Tensor: ...
+    def plus(self, other: Self) -> Self: ...
+    def scale(self, factor: float) -> None: ...
+    @property
+    def memory_bytes(self) -> int: ...
 
 
 @dataclass
@@ -32,6 +47,23 @@ class RowGradient:
         threads.run(row_squares, len(squares_U), self.sums_UD, squares_U)
         with np.errstate(over="ignore"):  # past float32's range it is inf, as torch's norm would be
             return float(np.float32(math.sqrt(float(squares_U.sum()))))
+
+    @classmethod
+    def summed(cls, grad_ND: torch.Tensor, rows_U: np.ndarray, inverse_N: np.ndarray, step: int) -> "RowGradient":
+        """From the gradient at each position."""
+        return cls(rows_U, sum_by_row(grad_ND.numpy(), inverse_N, len(rows_U)), step)
+
+    def plus(self, other: "RowGradient") -> "RowGradient":
+        """`add_gradients`."""
+        return add_gradients(self, other)
+
+    def scale(self, factor: float) -> None:
+        """Multiply it, in place."""
+        threads.run(scale_rows, len(self.rows_U), self.sums_UD, np.float32(factor))
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.rows_U.nbytes + self.sums_UD.nbytes
 
 
 def add_gradients(first: RowGradient, second: RowGradient) -> RowGradient:
@@ -51,12 +83,12 @@ class PendingGradient:
 
     def __init__(self, handle: nn.Parameter) -> None:
         self._handle = handle
-        self._kept: RowGradient | None = None
-        self._norm_shown = 0.0
-        self._incoming: dict[tuple[int, int], list[RowGradient]] = {}  # by thread and autograd's number of the pass
+        self._kept: Gradient | None = None
+        self._norm_shown: float | torch.Tensor = 0.0  # on a device a tensor, for which nobody waits yet
+        self._incoming: dict[tuple[int, int], list[Gradient]] = {}  # by thread and autograd's number of the pass
         self._mutex = threading.RLock()
 
-    def add(self, gradient: RowGradient) -> None:
+    def add(self, gradient: Gradient) -> None:
         """Take a gradient during a backward pass; it counts once autograd reaches the handle.
 
         A pass that fails before that leaves nothing, as it leaves no `.grad` in a dense parameter.
@@ -78,11 +110,11 @@ class PendingGradient:
                 return
             grad = self._handle.grad
             assert grad is not None
-            kept = self._settled(float(grad))
+            kept = self._settled(grad)
             total = incoming[0]
             for gradient in incoming[1:]:
-                total = add_gradients(total, gradient)
-            self._kept = total if kept is None else add_gradients(kept, total)
+                total = total.plus(gradient)
+            self._kept = total if kept is None else kept.plus(total)
             self._norm_shown = self._kept.norm()
             with torch.no_grad():
                 grad.fill_(self._norm_shown)
@@ -90,24 +122,33 @@ class PendingGradient:
     def _forget_passes(self, is_over: Callable[[tuple[int, int]], bool]) -> None:
         self._incoming = {key: brought for key, brought in self._incoming.items() if not is_over(key)}
 
-    def _settled(self, shown: float) -> RowGradient | None:
+    def _settled(self, grad: torch.Tensor) -> Gradient | None:
         """What is kept, scaled by what the user did to the handle's grad since."""
-        scale = self._scale(shown)
-        if self._kept is None or scale == 0.0:
+        if self._kept is None:
+            return None
+        scale = self._scale(*self._read(grad))
+        if scale == 0.0:
             return None
         if scale != 1.0:
-            threads.run(scale_rows, len(self._kept.rows_U), self._kept.sums_UD, np.float32(scale))
+            self._kept.scale(scale)
         return self._kept
 
-    def _scale(self, shown: float) -> float:
-        norm = self._norm_shown
+    def _read(self, grad: torch.Tensor) -> tuple[float, float]:
+        """(what the handle's grad holds, the norm that was put there). Waits for the device, once."""
+        if isinstance(self._norm_shown, float):
+            return float(grad), self._norm_shown
+        shown, norm = torch.cat([grad.detach().reshape(1), self._norm_shown.reshape(1)]).tolist()
+        return shown, norm
+
+    @staticmethod
+    def _scale(shown: float, norm: float) -> float:
         if shown == norm or (math.isnan(shown) and math.isnan(norm)):
             return 1.0
         if norm == 0.0:  # every sum is zero and stays so, whatever finite number somebody put into the handle's grad
             return 1.0 if math.isfinite(shown) else math.nan
         return shown / norm
 
-    def current(self) -> tuple[RowGradient, float] | None:
+    def current(self) -> tuple[Gradient, float] | None:
         """The pending gradient and the factor it is to be taken with; None when there is none."""
         here = threading.get_ident()
         with self._mutex:
@@ -117,10 +158,18 @@ class PendingGradient:
                 self._kept, self._norm_shown = None, 0.0
             if grad is None or self._kept is None:
                 return None
-        shown = float(grad)
-        scale = self._scale(shown)
-        cleared = shown == 0.0 and self._norm_shown != 0.0
+        shown, norm = self._read(grad)
+        scale = self._scale(shown, norm)
+        cleared = shown == 0.0 and norm != 0.0
         return None if cleared else (self._kept, scale)
+
+    def move(self, moved: Callable[[Gradient], Gradient]) -> None:
+        """What is pending is of rows that are served elsewhere from now on."""
+        with self._mutex:
+            self._incoming = {}
+            self._norm_shown = float(self._norm_shown)
+            if self._kept is not None:
+                self._kept = moved(self._kept)
 
     def drop(self) -> None:
         with self._mutex:
@@ -135,7 +184,7 @@ class PendingGradient:
     def memory_bytes(self) -> int:
         kept = [] if self._kept is None else [self._kept]
         every = kept + [gradient for brought in self._incoming.values() for gradient in brought]
-        return sum(gradient.rows_U.nbytes + gradient.sums_UD.nbytes for gradient in every)
+        return sum(gradient.memory_bytes for gradient in every)
 
 
 def _this_pass() -> tuple[int, int]:

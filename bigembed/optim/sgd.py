@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from bigembed.kernels import rules
+from bigembed.optim import device_rules
 from bigembed.optim.optimizer import TableOptimizer
 from bigembed.spec import StateColumns
 
@@ -18,6 +19,7 @@ class SGD(TableOptimizer):
     """
 
     rule = "sgd"
+    device_rule = staticmethod(device_rules.sgd)
 
     def __init__(self, modules: Any, lr: float = 1e-3, *, maximize: bool = False, reset_state: bool = False) -> None:
         super().__init__(modules, {"lr": lr, "maximize": maximize}, reset_state)

@@ -1,6 +1,7 @@
 """TrainableTable: a table with its cache, its handle and its pending gradient. All modules on one table share it."""
 
 import contextlib
+import dataclasses
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -10,11 +11,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bigembed.cache.row_cache import Located, RowCache
-from bigembed.cache.stack import CacheOptions, CacheStack
+from bigembed.cache.device_stack import make_stack
+from bigembed.cache.row_cache import RowCache
+from bigembed.cache.stack import CacheOptions
 from bigembed.errors import NoOptimizer, StaleGraph, StateMismatch, StorageFailed, TableClosed
 from bigembed.kernels.grouping import group_by_row
-from bigembed.optim.pending import PendingGradient, RowGradient
+from bigembed.optim.device_gradient import moved
+from bigembed.optim.pending import Gradient, PendingGradient
 from bigembed.spec import StateColumns
 from bigembed.storage.table import Table
 
@@ -25,11 +28,12 @@ if TYPE_CHECKING:
 class Ticket:
     """Held by a forward's graph: while it lives, rows used since its step should stay in the cache."""
 
-    __slots__ = ("__weakref__", "rollbacks", "step")
+    __slots__ = ("__weakref__", "options", "rollbacks", "step")
 
-    def __init__(self, step: int, rollbacks: int) -> None:
+    def __init__(self, step: int, rollbacks: int, options: CacheOptions) -> None:
         self.step = step
         self.rollbacks = rollbacks
+        self.options = options
 
 
 class TrainableTable:
@@ -42,7 +46,7 @@ class TrainableTable:
     def __init__(self, table: Table, options: CacheOptions) -> None:
         self.table = table
         self._options = options
-        self.handle = nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
+        self.handle = nn.Parameter(torch.zeros(1, dtype=torch.float32, device=options.device))
         self.pending = PendingGradient(self.handle)
         arrived = weakref.WeakMethod(self.pending.arrived)
         self.handle.register_post_accumulate_grad_hook(lambda _: _call(arrived))
@@ -54,20 +58,64 @@ class TrainableTable:
 
     def rebuild_cache(self) -> None:
         """New, empty caches for the table as it is now (its rows or their width have changed)."""
-        before = self.__dict__.get("caches")
-        self.caches = CacheStack(weakref.proxy(self.table), self._options, self.table.limits.index_bytes)
-        self.table.attach_cache(self.caches, self.rebuild_cache)
-        if before is not None:
-            before.staging.drop()
+        if self._options.has_device_tier and "caches" in self.__dict__:
+            self.table.attach_cache(None)  # a device need not have room for the old and the new
+            self.caches.staging.drop()
+            del self.caches
+        self._make_caches(self._options)
         if self._rollbacks != self.table.rollbacks:  # the gradient was of rows that are no more
             self._rollbacks = self.table.rollbacks
             self.pending.drop()
             self.handle.grad = None
 
+    def _make_caches(self, options: CacheOptions) -> None:
+        """New caches in place of those there are, whose changed rows the table takes first; or nothing has happened."""
+        before = self.__dict__.get("caches")
+        caches = make_stack(weakref.proxy(self.table), options, self.table.limits.index_bytes)
+        self.table.attach_cache(caches, self.rebuild_cache)
+        self.caches = caches
+        if before is not None:
+            before.staging.drop()
+
     @property
     def cache(self) -> RowCache:
-        """The cache that serves lookups."""
+        """The host's cache."""
         return self.caches.rows
+
+    # -- on a device ----------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows are served."""
+        return self._options.device
+
+    @property
+    def has_device_tier(self) -> bool:
+        """Whether ids and gradients are tensors there, not arrays."""
+        return self._options.has_device_tier
+
+    def move(self, **place: Any) -> None:
+        """Serve rows on another device from now on: changed rows are written back, the caches begin empty.
+
+        A pending gradient goes along, as torch moves `.grad`; a graph from before is stale.
+
+        Args:
+            place: device=..., or other of the CacheOptions that are to change.
+
+        Raises:
+            InvalidArgument: no room there. Whatever storing changed rows raises. Nothing has moved then.
+        """
+        with self.table.mutex:
+            self._check_open()
+            options = dataclasses.replace(self._options, **place)
+            self._make_caches(options)
+            self._options = options
+            device = options.device if options.has_device_tier else None
+            self.pending.move(lambda gradient: moved(gradient, device))
+            grad, self.handle.grad = self.handle.grad, None
+            self.handle.data = self.handle.data.to(options.device)
+            if grad is not None:
+                self.handle.grad = grad.to(options.device)
 
     # -- ahead ----------------------------------------------------------------------------------------------
 
@@ -80,26 +128,29 @@ class TrainableTable:
 
     # -- forward --------------------------------------------------------------------------------------------
 
-    def look_up(
-        self, ids_N: np.ndarray, needs_grad: bool
-    ) -> tuple[torch.Tensor, np.ndarray, np.ndarray, Ticket | None]:
-        """The rows of checked ids: (N, D) float32; and for backward rows_U, inverse_N and a ticket."""
-        rows_U, inverse_N = group_by_row(ids_N)
+    def look_up(self, ids_N: Any, needs_grad: bool) -> tuple[torch.Tensor, Any, Any, Ticket | None]:
+        """The rows of ids: (N, D) float32; and for backward rows_U, inverse_N and a ticket.
+
+        Args:
+            ids_N: int64, a checked array; with a device tier any ids, a tensor there, as rows_U and inverse_N are.
+
+        Raises:
+            RowOutOfRange: an id, where they are not checked yet.
+        """
         with self.table.mutex:
-            located = self._fetch(rows_U)
-            self.caches.looked_up(rows_U)
-            out_ND = self.cache.gather(located, inverse_N)
+            self._check_open()
+            out_ND, located, inverse_N = self.caches.look_up(ids_N, **self._how_to_fetch())
+            rollbacks, options = self.table.rollbacks, self._options
         ticket = None
         if needs_grad:
-            ticket = Ticket(located.step, self.table.rollbacks)
+            ticket = Ticket(located.step, rollbacks, options)
             self._tickets.add(ticket)
-        return out_ND, rows_U, inverse_N, ticket
+        return out_ND, located.rows_U, inverse_N, ticket
 
-    def _fetch(self, rows_U: np.ndarray, count: bool = True) -> Located:
-        self._check_open()
+    def _how_to_fetch(self) -> dict[str, Any]:
         # A forked child must not evict: it could not store what it evicts.
         admit = self.table.may_write or self.table.mode == "r"
-        return self.cache.fetch(rows_U, protect_step=self._protect_step(), admit=admit, count=count)
+        return {"protect_step": self._protect_step(), "admit": admit}
 
     def _check_open(self) -> None:
         if self.table.is_closed:  # rows that are still in the cache would be served
@@ -113,12 +164,18 @@ class TrainableTable:
 
     # -- backward -------------------------------------------------------------------------------------------
 
-    def add_gradient(self, gradient: RowGradient, ticket: Ticket) -> None:
+    def add_gradient(self, gradient: Gradient, ticket: Ticket) -> None:
         """Take the gradient of one forward.
 
         Raises:
-            NoOptimizer: nobody would ever apply it. StaleGraph: the table was rolled back since the forward.
+            NoOptimizer: nobody would ever apply it. StaleGraph: the table was rolled back since the forward, or
+                serves its rows on another device now.
         """
+        if ticket.options != self._options:
+            raise StaleGraph(
+                f"the module on {self.table.path} was moved from {ticket.options.device} to {self.device} between "
+                "this graph's forward and its backward. Run the forward again."
+            )
         if ticket.rollbacks != self.table.rollbacks:
             raise StaleGraph(
                 f"{self.table.path} was rolled back between this graph's forward and its backward, so the gradient "
@@ -186,7 +243,8 @@ class TrainableTable:
         gradient, scale = found
         with self.table.mutex:
             self.table.safe_point(len(gradient.rows_U))
-            located = self._fetch(gradient.rows_U, count=False)
+            self._check_open()
+            located = self.caches.fetch(gradient.rows_U, **self._how_to_fetch(), count=False)
             steps = int(self.table.scalars.get("step", 0)) + 1
             kernel, args = optimizer._kernel(group, steps)
             self.table.scalars = {"rule": optimizer.rule, "step": steps, **_plain(group)}
@@ -194,11 +252,13 @@ class TrainableTable:
             # The rows have changed even where storing those past the cache fails: they wait in the cache, and the
             # next lookup, step or commit raises before it changes anything. Raising here would invite a second step.
             with contextlib.suppress(StorageFailed):
-                self.cache.update(located, kernel, gradient.sums_UD, np.float32(signed), *args, count_grain=256)
+                rule = optimizer.device_rule
+                self.caches.update(located, kernel, rule, gradient.sums_UD, np.float32(signed), *args)
 
     def stats(self) -> dict[str, Any]:
         """The table's stats, with those of prefetching and the pending gradient's bytes."""
         stats = self.table.stats()
+        stats["device"] = self.caches.device_stats()
         stats["prefetch"] = self.caches.staging.stats()
         stats["pending"]["gradient_bytes"] = self.pending.memory_bytes
         return stats
