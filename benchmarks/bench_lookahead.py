@@ -5,8 +5,9 @@ Sketch: a step that misses M rows waits for M reads at the disk's depth-64 rate 
 sum; with the rows of the next batches read in the background the step takes the larger of the two, and on top what
 cannot be hidden: grouping, gathering, updating and evicting on the model's thread.
 
-No merge falls into the timing (bench_out_of_core.py has them). Measured in one child, interleaved by rounds: the table alone (lookups, backward, step; no model), the model alone (on
-rows made up once), both without lookahead, both with it. The reads' share is timed too: the lookup alone.
+No merge falls into the timing (bench_out_of_core.py has them). Measured in one child, interleaved by rounds: the table
+alone (lookups, backward, step; no model), the lookups alone, the model alone (on rows made up once), both without
+lookahead, both with it.
 
     python benchmarks/bench_lookahead.py [--gib 8] [--memory-gib 2] [--folder .] [--keep FOLDER]
 """
@@ -70,9 +71,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
 
     torch.set_num_threads(1)  # the model's; the other core is free for reads
     index_bytes = options.cache_bytes // 2  # as the journal: room for the run without a merge
-    table = bigembed.Table.open(
-        f"{options.folder}/table", journal_bytes=options.journal_bytes, index_bytes=index_bytes
-    )
+    table = bigembed.Table.open(f"{options.folder}/table", journal_bytes=options.journal_bytes, index_bytes=index_bytes)
     emb = bigembed.Embedding.open(table, cache_bytes=3 * options.cache_bytes // 4 + index_bytes, policy=options.policy)
     opt = bigembed.optim.SGD(emb, lr=0.01)
     rows = emb.num_embeddings
@@ -190,7 +189,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
             disk.append(disk_random_reads(paths, options.disk_seconds))
             runs[name] = _run_child(options, zipf, folder)
     result = {"rows": rows, "batch": options.batch, "depth": options.depth, "disk_reads_per_second": disk, **runs}
-    print(f"{'seconds a step':12} {'table':>8} {'lookup':>8} {'model':>8} {'both':>8} {'ahead':>8}  ahead/larger both/larger")
+    heads = " ".join(f"{head:>8}" for head in ("table", "lookup", "model", "both", "ahead"))
+    print(f"{'seconds a step':14} {heads} {'ahead/larger':>12} {'both/larger':>11}")
     for name, run in runs.items():
         times = run["seconds"]
         row = " ".join(f"{times[key]:8.4f}" for key in ("table", "lookup", "model", "sum", "lookahead"))

@@ -7,6 +7,7 @@ from bigembed.kernels.records import count_and_sum, first_damaged
 from bigembed.spec import TableSpec
 from bigembed.storage import files
 from bigembed.storage.chunks import ChunkFiles
+from bigembed.storage.memory import memory_limit_bytes
 from bigembed.storage.readers import ColdReader, MappedReader
 from bigembed.storage.record_io import write_records
 
@@ -28,6 +29,7 @@ class Base:
         self.is_mapped = reader == "mapped" or (reader == "auto" and spec.num_chunks * spec.chunk_bytes <= MAPPED_BYTES)
         self._reader = MappedReader(self.chunks, MAPPED_BYTES) if self.is_mapped else ColdReader(self.chunks)
         self._writing: dict[int, files.File] = {}
+        self.is_larger_than_memory = len(self.chunks.present) * spec.chunk_bytes > memory_limit_bytes() // 2
 
     def resize(self, spec: TableSpec) -> None:
         self._spec = self.chunks.spec = spec

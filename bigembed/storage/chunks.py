@@ -85,6 +85,11 @@ class ChunkFiles:
                     "Restore it from a backup."
                 )
 
+    def forget_pages(self) -> None:
+        """Let the system drop the clean pages of the files open for reading from its cache."""
+        for file in self._open.values():
+            file.forget_pages()
+
     def close(self) -> None:
         while self._open:
             self._open.popitem()[1].close()

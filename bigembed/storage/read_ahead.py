@@ -37,6 +37,7 @@ class ReadAhead:
         self._chunks = store.base.chunks.again()
         in_journal_M = self._places_M[self._places_M != NOWHERE]
         self._segments = store.journal.segments_again(sequences_of(in_journal_M))
+        self._is_larger_than_memory = store.base.is_larger_than_memory
         self.is_cancelled = False
 
     def run(self, out_ME: np.ndarray) -> np.ndarray:
@@ -50,6 +51,8 @@ class ReadAhead:
                     break
                 part = slice(start, start + step)
                 self._read(part, scratch_MW[: len(self._rows_M[part])], out_ME[part], sound_M[part])
+            if self._is_larger_than_memory:
+                self._chunks.forget_pages()
         except OSError:  # the rows that are still missing are read again, and then it is raised
             pass
         finally:
