@@ -116,10 +116,11 @@ class File:
         with operation("sync", self.path):
             os.fsync(self.fd)
 
-    def forget_pages(self) -> None:
-        """Let the system drop this file's clean pages from its cache; advice only."""
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    def forget_pages(self, keep_bytes: int = 0) -> None:
+        """Let the system write out and drop this file's pages, but for the last `keep_bytes`; advice only."""
+        count = self.size_bytes() - keep_bytes
+        if count > 0 and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, 0, count, os.POSIX_FADV_DONTNEED)
 
     def truncate(self, size_bytes: int) -> None:
         with operation("truncate", self.path):

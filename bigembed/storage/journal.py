@@ -5,6 +5,7 @@ changes. A row is looked up in active, then frozen; only what neither has is rea
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -206,7 +207,7 @@ class Journal:
             )
         return records_MW
 
-    def segments_again(self, sequences: list[int]) -> dict[int, files.File]:
+    def segments_again(self, sequences: Iterable[int]) -> dict[int, files.File]:
         """These segments under descriptors of their own: a merge that removes them does not take them away."""
         return {sequence: self._files[sequence].again() for sequence in sequences}
 

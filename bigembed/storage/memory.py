@@ -24,8 +24,8 @@ def memory_limit_bytes(process: str = "/proc/self/cgroup", root: str = CGROUP_RO
 
 
 def _limit_files(process: str, root: str) -> Iterator[str]:
-    """The files that may hold a limit: those of the process's groups and, where a container hides these, of the root."""
-    with contextlib.suppress(OSError), open(process) as file:
+    """The files that may hold a limit: of the process's groups and, where a container hides these, of the root."""
+    with contextlib.suppress(OSError, ValueError), open(process) as file:
         for line in file:
             _, controllers, group = line.rstrip("\n").split(":", 2)
             if not controllers:
