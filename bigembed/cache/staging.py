@@ -199,7 +199,7 @@ class Staging:
         return sum(batch.memory_bytes for batch in self._batches)
 
     def stats(self) -> dict[str, Any]:
-        """Rows so far: asked for, staged, taken by lookups, written again before that, expired, without room; stalls."""
+        """Rows so far: asked for, staged, taken by lookups, rewritten before that, expired, without room; stalls."""
         return {
             **self._counts,
             "stall_seconds": self._stall_seconds,
