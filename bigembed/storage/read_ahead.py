@@ -82,8 +82,9 @@ class ReadAhead:
     def _give_pages_back(self) -> None:
         """Pages of a base that memory cannot hold are not worth keeping, nor those of the journal but for its end.
 
-        Where a control group's memory is full, whoever allocates must reclaim first: with the pages of 15,000 rows a
-        step left behind, the model's own tensors made its step 1.6 times as long; without, 1.0 (bench_lookahead.py).
+        Where a control group's memory is full, whoever allocates must reclaim first. With the pages of 15,000 rows a
+        step left behind a dense model took 1.6 times as long, with them given back about as long as alone
+        (benchmarks/README.md).
         """
         self._chunks.forget_pages()
         for file in self._segments.values():
