@@ -21,11 +21,11 @@ class RowOutOfRange(BigembedError, IndexError):
 
 
 class TableExists(BigembedError, FileExistsError):
-    """A table was to be created where something already stands."""
+    """A table, or a file made from one, was to be created where something already stands."""
 
 
 class TableMissing(BigembedError, FileNotFoundError):
-    """There is nothing at the path."""
+    """There is nothing at the path, or no folder to create something in."""
 
 
 class NotATable(BigembedError, ValueError):
@@ -46,6 +46,10 @@ class DamagedRow(DamagedTable):
 
 class TableLocked(BigembedError, RuntimeError):
     """Another process, or another Table in this one, has the table open for writing."""
+
+
+class TableMoved(BigembedError, RuntimeError):
+    """A writer committed to the table while something read the whole of it as of one commit."""
 
 
 class TableClosed(BigembedError, RuntimeError):
@@ -90,3 +94,25 @@ class StateMismatch(BigembedError, ValueError):
 
 class UnsupportedPlatform(BigembedError, RuntimeError):
     """The operating system lacks what a table needs (file locks, positioned reads)."""
+
+
+class BadSource(BigembedError, ValueError):
+    """A file to convert is not what its format asks for; names the file, the line or byte, and what was expected."""
+
+
+class UnknownFormat(BigembedError, ValueError):
+    """A file to convert is of no format that is known, or the named format does not exist."""
+
+
+class MissingLibrary(BigembedError, ImportError):
+    """A format needs a library that is not installed; says how to install it."""
+
+
+class NoVocabulary(BigembedError, ValueError):
+    """Tokens were used on a table that has no vocabulary."""
+
+
+class UnknownToken(BigembedError, KeyError):
+    """A token is not in the vocabulary, and nothing was said about what should stand for it."""
+
+    __str__ = Exception.__str__  # KeyError would show the message as a quoted literal

@@ -121,7 +121,8 @@ _pool = _Pool(_cores())
 class _Background:
     """One thread that works tasks off in the order they came, beside whatever the callers do."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self._name = name
         self._tasks: SimpleQueue[Task] = SimpleQueue()
         self._unfinished: deque[Task] = deque()
         self._mutex = threading.Lock()
@@ -130,7 +131,7 @@ class _Background:
     def put(self, task: Task) -> None:
         with self._mutex:
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="bigembed background", daemon=True)
+                self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
                 self._thread.start()
             self._unfinished.append(task)
             self._tasks.put(task)
@@ -154,7 +155,8 @@ class _Background:
 
 
 _local = threading.local()
-_background = _Background()
+_background = _Background("bigembed background")
+_behind = _Background("bigembed write-behind")
 
 
 def run_in_background(function: Callable[..., Any], *args: Any) -> Task:
@@ -167,15 +169,29 @@ def run_in_background(function: Callable[..., Any], *args: Any) -> Task:
     return task
 
 
+def write_behind(function: Callable[..., Any], *args: Any) -> Task:
+    """As `run_in_background`, in a thread of its own: a short write does not wait for a long read."""
+    task = Task(function, args)
+    _behind.put(task)
+    return task
+
+
+def _drain() -> None:
+    _background.drain()
+    _behind.drain()
+
+
 def _fresh_threads_in_child() -> None:
-    global _pool, _background
-    _background.fail_all()
-    _pool, _background = _Pool(_pool.size_threads), _Background()
+    global _pool, _background, _behind
+    for lane in (_background, _behind):
+        lane.fail_all()
+    _pool = _Pool(_pool.size_threads)
+    _background, _behind = _Background(_background._name), _Background(_behind._name)
 
 
 if hasattr(os, "register_at_fork"):
     # A child of a process that was in the middle of a task could inherit a lock that nobody will release.
-    os.register_at_fork(before=lambda: _background.drain(), after_in_child=_fresh_threads_in_child)
+    os.register_at_fork(before=_drain, after_in_child=_fresh_threads_in_child)
 
 
 def get_num_threads() -> int:

@@ -15,6 +15,7 @@ from training import RULES, batches
 import bigembed
 from bigembed import threads
 from bigembed.cache.index import POLICIES
+from bigembed.storage import store
 
 V, D, STEPS = 300, 8, 12
 GRAIN = 4  # items that are worth a thread here, so that a small test is shared among all
@@ -106,6 +107,8 @@ WAYS = {
     "1 batch ahead": {"cache_rows": 64, "depth": 1},
     "4 batches ahead": {"cache_rows": 64, "depth": 4},
     "2 ahead, 1 row cached, merges": {"cache_rows": 1, "depth": 2, "commit_every": 2, "merge": True},
+    "written behind": {"cache_rows": 5, "journal_bytes": 20_000},
+    "written behind, ahead": {"cache_rows": 64, "depth": 2, "commit_every": 3, "merge": True},
     "lfu": {"cache_rows": 64, "policy": "lfu", "journal_bytes": 20_000},
     "sieve, ahead": {"cache_rows": 64, "policy": "sieve", "depth": 3, "commit_every": 3},
     "s3fifo": {"cache_rows": 64, "policy": "s3fifo"},
@@ -117,7 +120,9 @@ WAYS = {
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_of_training_gives_the_same_bytes(tmp_path, rule, way):
+def test_every_way_of_training_gives_the_same_bytes(tmp_path, monkeypatch, rule, way):
+    if "behind" in way:
+        monkeypatch.setattr(store, "BEHIND_BYTES", 1)
     got, stats = train(tmp_path, rule, **WAYS[way])
     assert got == plainest(rule)
     if way == "tiny journal":
@@ -163,7 +168,8 @@ def test_reopening_without_the_step_count_would_show(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_any_mixture_gives_the_same_bytes(tmp_path, seed):
+def test_any_mixture_gives_the_same_bytes(tmp_path, monkeypatch, seed):
+    monkeypatch.setattr(store, "BEHIND_BYTES", 1 if seed % 2 else 1 << 20)
     rng = np.random.default_rng(seed)
     rule = list(RULES)[rng.integers(len(RULES))]
     way = {

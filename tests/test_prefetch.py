@@ -270,7 +270,7 @@ def test_a_forked_child_goes_on_without_its_parents_thread(tmp_path):
 
 def test_a_task_that_a_fork_cut_off_fails_instead_of_waiting_for_ever():
     task = threads.Task(int, ())
-    background = threads._Background()
+    background = threads._Background("test")
     background._unfinished.append(task)
     background.fail_all()
     task.wait()

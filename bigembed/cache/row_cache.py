@@ -34,7 +34,7 @@ class RowSource(Protocol):
         """Fill values_ME (float32) with the newest stored values of these rows (int64, ascending, distinct)."""
 
     def append_rows(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None:
-        """Store changed rows (ascending, distinct), all or none of them; must not keep the arrays."""
+        """Store changed rows (ascending, distinct), all or none of them; the arrays belong to the source afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +278,8 @@ class RowCache:
     def _append_unsaved(self) -> None:
         """Store the rows changed past the cache; until the source has taken them they stay here."""
         if self._unsaved is not None:
-            self.source.append_rows(*self._unsaved)
+            rows_P, values_PE = self._unsaved
+            self.source.append_rows(rows_P, values_PE.copy())  # whoever located these rows still holds the array
             self._write_backs += self._unsaved[0].size
             self._unsaved = None
 

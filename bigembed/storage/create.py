@@ -1,20 +1,19 @@
-"""Making a new table: built aside, renamed into place when whole."""
+"""Making a new, empty table: its facts checked, its folder built aside and renamed into place when whole."""
 
+import json
 import operator
 import os
 import secrets
 import time
 from typing import Any
 
-from bigembed.errors import BigembedError, InvalidArgument, TableExists
+from bigembed.errors import InvalidArgument
 from bigembed.init import InitialValues, as_initial_values
-from bigembed.spec import StateColumns, TableSpec, default_chunk_rows
-from bigembed.storage import files, zarr_format
-from bigembed.storage.lock import WriterLock
+from bigembed.spec import MAX_ROWS, StateColumns, TableSpec, default_chunk_rows
+from bigembed.storage.aside import Aside
 from bigembed.storage.superblock import Commit, Superblock
 
 RESERVED = "reserved"
-REPLACED = "replaced"  # the table that a new one takes the place of, until it is removed
 
 
 def checked_integer(name: str, value: Any) -> int:
@@ -28,93 +27,95 @@ def checked_integer(name: str, value: Any) -> int:
     return operator.index(value)
 
 
+def absolute_path(path: Any, overwrite: bool = False) -> str:
+    """The path as an absolute string; one to overwrite is that of the table, not of a link to it.
+
+    Raises:
+        InvalidArgument: it is empty, or no path.
+    """
+    if not isinstance(path, str | bytes | os.PathLike) or not os.fspath(path):
+        raise InvalidArgument(f"path must name a folder, not {path!r}.")
+    absolute = os.path.abspath(os.fsdecode(path))
+    return os.path.realpath(absolute) if overwrite else absolute
+
+
+def checked_json(name: str, value: Any) -> None:
+    """Raises InvalidArgument for what JSON cannot hold."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidArgument(f"{name} must be what JSON can hold: {error}.") from error
+
+
+def checked_attributes(*given: dict[str, Any] | None) -> dict[str, Any]:
+    """Attributes beside those that the format itself needs, later ones over earlier ones.
+
+    Raises:
+        InvalidArgument: a name that the format uses itself, or a value that JSON cannot hold.
+    """
+    attributes = {name: value for part in given for name, value in (part or {}).items()}
+    taken = {"plain", *TableSpec(1, 1).to_attributes()} & attributes.keys()
+    if taken:
+        raise InvalidArgument(f"attributes hold {', '.join(sorted(taken))}, which the table's own facts use.")
+    checked_json("attributes", attributes)
+    return attributes
+
+
+def reserved_state(state_dim: int) -> tuple[StateColumns, ...]:
+    """`state_dim` state columns that no optimizer owns yet."""
+    if checked_integer("state_dim", state_dim) < 0:
+        raise InvalidArgument(f"state_dim must be at least 0, not {state_dim}.")
+    return (StateColumns(RESERVED, int(state_dim)),) if state_dim else ()
+
+
 def new_spec(
-    num_rows: int,
+    num_rows: int | None,
     dim: int,
-    dtype: str,
-    state_dim: int,
-    init: InitialValues | str | None,
-    seed: int,
-    chunk_rows: int | None,
-    padding_idx: int | None,
+    *,
+    state: tuple[StateColumns, ...],
+    dtype: str = "float32",
+    owner: str | None = None,
+    init: InitialValues | str | None = None,
+    seed: int = 0,
+    chunk_rows: int | None = None,
+    padding_idx: int | None = None,
+    attributes: dict[str, Any] | None = None,
 ) -> TableSpec:
-    """The spec of a fresh table, with a salt of its own."""
-    for name, value in {"num_rows": num_rows, "dim": dim, "state_dim": state_dim, "seed": seed}.items():
+    """The spec of a fresh table, with a salt of its own; where V is open (None), for as many rows as there can be."""
+    for name, value in {"dim": dim, "seed": seed}.items():
         checked_integer(name, value)
-    for name, optional in {"chunk_rows": chunk_rows, "padding_idx": padding_idx}.items():
+    for name, optional in {"num_rows": num_rows, "chunk_rows": chunk_rows, "padding_idx": padding_idx}.items():
         if optional is not None:
             checked_integer(name, optional)
-    if state_dim < 0:
-        raise InvalidArgument(f"state_dim must be at least 0, not {state_dim}.")
-    record_bytes = 4 * (int(dim) + int(state_dim) + 1)
+    rows = MAX_ROWS if num_rows is None else int(num_rows)
+    record_bytes = 4 * (int(dim) + sum(block.width for block in state) + 1)
     return TableSpec(
-        num_rows=int(num_rows),
+        num_rows=rows,
         dim=int(dim),
         dtype=str(dtype).removeprefix("torch."),
-        state=(StateColumns(RESERVED, int(state_dim)),) if state_dim else (),
+        state=tuple(state),
+        owner=owner,
         init=as_initial_values(init),
         seed=int(seed),
         salt=secrets.randbits(64),
-        chunk_rows=default_chunk_rows(int(num_rows), record_bytes) if chunk_rows is None else int(chunk_rows),
+        chunk_rows=default_chunk_rows(rows, record_bytes) if chunk_rows is None else int(chunk_rows),
         padding_idx=None if padding_idx is None else int(padding_idx),
+        attributes=dict(attributes or {}),
     )
 
 
-def create_table(path: str, overwrite: bool, **facts: Any) -> None:
+def create_table(path: str, overwrite: bool, num_rows: int, dim: int, state_dim: int, **facts: Any) -> None:
     """Make the folder of a new, empty table.
 
     Raises:
         TableExists: something stands at the path, and is no table or `overwrite` is not given.
         TableLocked: the table to overwrite is open for writing.
     """
-    spec = new_spec(**facts)
-    lock = _lock_what_stands_there(path, overwrite)
-    aside = f"{path}.new-{secrets.token_hex(4)}"
-    parent = os.path.dirname(path)
-    replaced = os.path.join(aside, REPLACED)
+    spec = new_spec(checked_integer("num_rows", num_rows), dim, state=reserved_state(state_dim), **facts)
+    birth = Commit(0, 0, spec.num_rows, "created", time.time(), explicit=True)
+    aside = Aside(path, overwrite)
     try:
-        with files.operation("mkdir", parent):
-            os.makedirs(parent, exist_ok=True)
-        files.make_directory(aside)
-        for folder in ("weight", "journal", "undo"):
-            files.make_directory(os.path.join(aside, folder))
-        zarr_format.write_metadata(aside, spec, plain=False)
-        birth = Commit(0, 0, spec.num_rows, "created", time.time(), explicit=True)
-        Superblock.fresh(spec.num_chunks, birth).write(aside)
-        files.File(os.path.join(aside, "lock"), files.WRITE).close()
-        files.sync_directory(aside)
-        if lock is not None:
-            files.rename(path, replaced)
-        files.rename(aside, path)
+        aside.place(spec, Superblock.fresh(spec.num_chunks, birth), plain=False)
     except BaseException:
-        if os.path.lexists(replaced):
-            files.rename(replaced, path)
-        files.remove_tree(aside)
+        aside.remove()
         raise
-    finally:
-        if lock is not None:
-            lock.release()
-    files.sync_directory(parent)
-    files.remove_tree(os.path.join(path, REPLACED))
-
-
-def _lock_what_stands_there(path: str, overwrite: bool) -> WriterLock | None:
-    """None when the path is free, or the writer's lock of the table there: nobody else may open it meanwhile."""
-    if not os.path.lexists(path):
-        return None
-    if not overwrite:
-        raise TableExists(f"{path} exists. Open it with Table.open, choose another path, or pass overwrite=True.")
-    try:
-        zarr_format.read_metadata(path)
-    except BigembedError as error:
-        raise TableExists(f"{path} exists and is not a table, so it is not overwritten: {error}") from error
-    return WriterLock(path)
-
-
-def remove_leftovers(path: str) -> None:
-    """Remove what replacing a file or the table itself left behind when it was interrupted; for the writer."""
-    files.remove_tree(os.path.join(path, REPLACED))
-    for folder in (path, os.path.join(path, "weight")):
-        for name in os.listdir(folder):
-            if name.endswith(".new"):
-                files.unlink(os.path.join(folder, name))

@@ -122,6 +122,27 @@ class File:
         if count > 0 and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.fd, 0, count, os.POSIX_FADV_DONTNEED)
 
+    def data_after(self, offset: int) -> tuple[int, int] | None:
+        """(start, end) of the next bytes from `offset` on that are not a hole; None where only a hole is left.
+
+        What reads as zeros is either a hole or not; a system that cannot tell calls everything data.
+        """
+        size = self.size_bytes()
+        if offset >= size:
+            return None
+        if not hasattr(os, "SEEK_DATA"):
+            return offset, size
+        with operation("read", self.path):
+            try:
+                start = os.lseek(self.fd, offset, os.SEEK_DATA)
+                return start, os.lseek(self.fd, start, os.SEEK_HOLE)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return None
+                if error.errno == errno.EINVAL:
+                    return offset, size
+                raise
+
     def truncate(self, size_bytes: int) -> None:
         with operation("truncate", self.path):
             os.ftruncate(self.fd, size_bytes)

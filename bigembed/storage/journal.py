@@ -12,10 +12,10 @@ import numpy as np
 
 from bigembed import threads
 from bigembed.errors import DamagedTable, StorageFailed
-from bigembed.kernels.records import first_damaged
+from bigembed.kernels.records import check_keys, first_damaged
 from bigembed.spec import TableSpec
 from bigembed.storage import files
-from bigembed.storage.record_io import read_records
+from bigembed.storage.places import offset_of, place_of, read_places, sequence_of
 from bigembed.storage.row_index import NOWHERE, RowIndex
 from bigembed.storage.segments import (
     COMMIT,
@@ -26,40 +26,7 @@ from bigembed.storage.segments import (
     segment_name,
 )
 from bigembed.storage.superblock import Commit
-
-OFFSET_BITS = 40
-_OFFSET_MASK = (1 << OFFSET_BITS) - 1
-
-
-def place_of(sequence: int, offset: int) -> int:
-    return sequence << OFFSET_BITS | offset
-
-
-def sequences_of(places_M: np.ndarray) -> list[int]:
-    """The segments that these places are in."""
-    return [int(sequence) for sequence in np.unique(places_M >> OFFSET_BITS)]
-
-
-def read_places(segments: dict[int, files.File], places_M: np.ndarray, record_words: int) -> np.ndarray:
-    """The records at these places, unchecked: uint32 (M, W). Reads in file order.
-
-    Args:
-        segments: open files by sequence; those of `sequences_of(places_M)` at least.
-    """
-    order = np.argsort(places_M)
-    sorted_M = places_M[order]
-    sequence_M = sorted_M >> OFFSET_BITS
-    fd_M = np.empty(len(order), np.int64)
-    paths = {}
-    for sequence in sequences_of(sorted_M):
-        file = segments[sequence]
-        fd_M[sequence_M == sequence] = file.fd
-        paths[file.fd] = file.path
-    found_MW = np.empty((len(order), record_words), np.uint32)
-    read_records(fd_M, sorted_M & _OFFSET_MASK, found_MW, paths)
-    records_MW = np.empty_like(found_MW)
-    records_MW[order] = found_MW
-    return records_MW
+from bigembed.storage.write_behind import WriteBehind
 
 
 @dataclass
@@ -95,6 +62,7 @@ class Journal:
         self._spec = spec
         self._files: dict[int, files.File] = {}
         self._writer: SegmentWriter | None = None
+        self._behind = WriteBehind(check_keys(spec))
         self.active = Epoch()
         self.frozen: Epoch | None = None
         self.head = base
@@ -195,14 +163,15 @@ class Journal:
         Raises:
             DamagedTable: a record's check is wrong.
         """
+        self._behind.settle(places_M)
         records_MW = read_places(self._files, places_M, self._spec.record_words)
         damaged = [m for m in threads.run(first_damaged, len(rows_M), rows_M, records_MW, keys_W) if m >= 0]
         damaged.extend(np.flatnonzero(records_MW[:, -1] == 0)[:1].tolist())  # a lost page: none is appended unwritten
         if damaged:
             m = damaged[0]
-            path = self._files[int(places_M[m] >> OFFSET_BITS)].path
+            path = self._files[sequence_of(places_M[m])].path
             raise DamagedTable(
-                f"{path}: the record of row {rows_M[m]} at byte {places_M[m] & _OFFSET_MASK} is damaged. "
+                f"{path}: the record of row {rows_M[m]} at byte {offset_of(places_M[m])} is damaged. "
                 "Roll back, or restore the journal from a backup."
             )
         return records_MW
@@ -215,15 +184,32 @@ class Journal:
 
     def append(self, rows_M: np.ndarray, records_MW: np.ndarray, check_sum: int) -> None:
         """Append records of distinct rows; not durable before `commit`."""
+        self._behind.settle()
         writer = self._open_writer()
         before = writer.end
         offset = writer.append_rows(rows_M, records_MW, check_sum)
+        self._took(writer, before, rows_M, offset)
+
+    def append_behind(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None:
+        """As `append`, of rows that are not sealed yet: another thread does that and writes them.
+
+        The arrays are the journal's from now on. What the system refuses is raised by a later call, see WriteBehind.
+        """
+        self._behind.make_room()
+        writer = self._open_writer()
+        before = writer.end
+        offset = writer.reserve_rows(len(rows_M))
+        self._behind.put(writer, rows_M, values_ME, before, place_of(writer.sequence, offset))
+        self._took(writer, before, rows_M, offset)
+
+    def _took(self, writer: SegmentWriter, before: int, rows_M: np.ndarray, offset: int) -> None:
         self.has_uncommitted = True
         self.active.disk_bytes += writer.end - before
         self._index(rows_M, place_of(writer.sequence, offset))
 
     def commit(self, commit: Commit) -> None:
         """Make everything appended durable, then the commit record that makes it count."""
+        self._behind.settle()
         writer = self._open_writer()
         before = writer.end
         if self.has_uncommitted:
@@ -265,7 +251,7 @@ class Journal:
         """Forget and remove the frozen epoch: the base holds it."""
         assert self.frozen is not None
         epoch, self.frozen = self.frozen, None
-        if self.retained_place != NOWHERE and (self.retained_place >> OFFSET_BITS) in epoch.sequences:
+        if self.retained_place != NOWHERE and sequence_of(self.retained_place) in epoch.sequences:
             self.retained_place = NOWHERE
         self._remove(epoch.sequences)
 
@@ -303,6 +289,11 @@ class Journal:
         return sum(epoch.index.memory_bytes + epoch.superseded.memory_bytes for epoch in self.epochs)
 
     @property
+    def behind(self) -> WriteBehind:
+        """Frames that are being written."""
+        return self._behind
+
+    @property
     def rows(self) -> int:
         return sum(len(epoch.index) for epoch in self.epochs)
 
@@ -312,6 +303,7 @@ class Journal:
         Raises:
             DamagedTable: naming the file and the place.
         """
+        self._behind.settle()
         checked = 0
         for sequence in sorted(s for epoch in self.epochs for s in epoch.sequences):
             reader = SegmentReader(self._folder, JOURNAL, sequence, self._spec)
@@ -333,6 +325,7 @@ class Journal:
         return checked
 
     def close(self) -> None:
+        self._behind.wait()
         for file in self._files.values():
             file.close()
         self._files.clear()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bigembed.kernels.records import unseal_sound
-from bigembed.storage.journal import read_places, sequences_of
+from bigembed.storage.places import read_places, sequences_of
 from bigembed.storage.readers import ColdReader
 from bigembed.storage.row_index import NOWHERE
 
@@ -39,6 +39,7 @@ class ReadAhead:
         in_journal_M = self._places_M[self._places_M != NOWHERE]
         newest = store.journal.active.sequences[-1:]
         self._segments = store.journal.segments_again({*sequences_of(in_journal_M), *newest})
+        self._behind = store.journal.behind.tasks
         self._is_larger_than_memory = store.base.is_larger_than_memory
         self.is_cancelled = False
 
@@ -48,6 +49,8 @@ class ReadAhead:
         step = max(1, SLICE_BYTES // self._spec.record_bytes)
         scratch_MW = np.empty((min(step, len(self._rows_M)), self._spec.record_words), np.uint32)
         try:
+            for task in self._behind:  # rows that are on their way to the journal
+                task.wait()
             for start in range(0, len(self._rows_M), step):
                 if self.is_cancelled:
                     break

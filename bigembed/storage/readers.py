@@ -2,9 +2,13 @@
 
 Contract of both: `read(chunk_M, offset_M, out_MW)` fills out_MW[m] with the record at byte offset_M[m] of chunk
 chunk_M[m]; chunk_M ascends; a chunk without a file reads as zeros.
+
+MappedFile is any other file that is read here and there: the maps of the library are all in this module.
 """
 
 import mmap
+import os
+import weakref
 
 import numba as nb
 import numpy as np
@@ -12,7 +16,7 @@ import numpy as np
 from bigembed import threads
 from bigembed.storage import files
 from bigembed.storage.chunks import MAX_OPEN_FILES, ChunkFiles
-from bigembed.storage.record_io import PAGE_BYTES, read_records
+from bigembed.storage.record_io import PAGE_BYTES, _advise, read_records
 
 
 def _spans(chunk_M: np.ndarray) -> list[tuple[int, int, int]]:
@@ -118,3 +122,72 @@ class MappedReader:
 
     def close(self) -> None:
         self._maps.clear()  # a map is released with its last array
+
+
+FAULT_BYTES = 16 * PAGE_BYTES  # what Linux maps around a page that is touched, where the page cache has it
+
+
+@nb.njit(nogil=True, cache=True)
+def _advise_places(start, stop, fd, offset_N, count):
+    for n in range(start, stop):
+        _advise(fd, offset_N[n], count)
+
+
+class MappedFile:
+    """A file mapped read-only, for loops that touch a few bytes here and there.
+
+    Pages stay mapped, so counted as this process's memory, until `trim`; `touched` says how many there may be. The file
+    must not become shorter meanwhile: touching a page that is gone is a signal instead of an exception.
+
+    Attributes:
+        bytes_B: uint8, the whole file, not writeable.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._file = files.File(path, files.READ)
+        weakref.finalize(self, self._file.close)
+        self.size_bytes = self._file.size_bytes()
+        self._touched_bytes = 0
+        self._map: mmap.mmap | None = None
+        self.bytes_B = np.empty(0, np.uint8)
+        if self.size_bytes:  # nothing cannot be mapped
+            with files.operation("map", path):
+                self._map = mmap.mmap(self._file.fd, self.size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+            if hasattr(mmap, "MADV_RANDOM"):
+                self._map.madvise(mmap.MADV_RANDOM)
+            self.bytes_B = np.frombuffer(self._map, np.uint8)
+        self.bytes_B.flags.writeable = False
+
+    def is_cold(self, offset_N: np.ndarray) -> bool:
+        """Whether more than one in eight of these places is not in the page cache; a few dozen of them tell."""
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        buffer, absent = [bytearray(1)], 0
+        for offset in offset_N.tolist():
+            try:
+                os.preadv(self._file.fd, buffer, offset, os.RWF_NOWAIT)
+            except BlockingIOError:
+                absent += 1
+            except OSError:  # a filesystem that cannot tell
+                return False
+        return absent > len(offset_N) // 8
+
+    def advise(self, offset_N: np.ndarray, count: int = 1) -> None:
+        """Ask for the pages of `count` bytes from each offset on; returns before they are there."""
+        threads.run(_advise_places, len(offset_N), self._file.fd, offset_N, np.int64(count))
+
+    def touched(self, places: int) -> None:
+        """Count that this many places were touched since the last trim."""
+        self._touched_bytes = min(self.size_bytes, self._touched_bytes + places * FAULT_BYTES)
+
+    @property
+    def mapped_bytes(self) -> int:
+        """How much of the file may be in this process's memory, at most."""
+        return self._touched_bytes
+
+    def trim(self) -> None:
+        """Let go of the pages; what is touched again comes from the page cache or the disk."""
+        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+        self._touched_bytes = 0

@@ -77,7 +77,8 @@ class SegmentWriter:
         except BaseException:
             self.file.close()
             raise
-        self.end = HEADER_BYTES
+        self.end = HEADER_BYTES  # where the next frame goes
+        self.written = HEADER_BYTES  # up to where frames are written: behind `end` while some are reserved only
 
     def append_rows(
         self, rows_M: np.ndarray, records_MW: np.ndarray, check_sum: int, records_first: bool = False
@@ -86,19 +87,36 @@ class SegmentWriter:
 
         With `records_first` they are durable before the head is written: then a valid head vouches for them.
         """
+        records_offset = self.reserve_rows(len(rows_M))
+        try:
+            self.write_rows(rows_M, records_MW, check_sum, records_first)
+        except BaseException:
+            self.end = self.written
+            raise
+        return records_offset
+
+    def reserve_rows(self, count: int) -> int:
+        """The next frame is of so many rows, and will be written by `write_rows`; the offset of its first record."""
+        records_offset = self.end + FRAME_BYTES + 8 * count
+        self.end = _padded(records_offset + count * self.record_bytes)
+        return records_offset
+
+    def write_rows(
+        self, rows_M: np.ndarray, records_MW: np.ndarray, check_sum: int, records_first: bool = False
+    ) -> None:
+        """Write the first frame that was reserved and is not written yet."""
         ids = np.ascontiguousarray(rows_M, "<i8").tobytes()
-        records_offset = self.end + FRAME_BYTES + len(ids)
+        records_offset = self.written + FRAME_BYTES + len(ids)
         records = memoryview(np.ascontiguousarray(records_MW, "<u4")).cast("B")
         head, chain = self._frame_head(ROWS, len(rows_M), check_sum, ids)
         if records_first:
             self.file.pwrite(records, records_offset)
             self.file.sync()
-            self.file.pwrite(head + ids, self.end)
+            self.file.pwrite(head + ids, self.written)
         else:
-            self.file.pwrite(head + ids, self.end)
+            self.file.pwrite(head + ids, self.written)
             self.file.pwrite(records, records_offset)
-        self._advance(_padded(records_offset + len(records)), chain)
-        return records_offset
+        self.written, self._chain = _padded(records_offset + len(records)), chain
 
     def append_nulls(self, rows_M: np.ndarray) -> None:
         """Append rows whose record is all zero, without the record."""
@@ -116,7 +134,7 @@ class SegmentWriter:
 
     def _advance(self, end: int, chain: int) -> None:
         """Only a frame written whole moves the end and the chain: after a failed write the next one goes there."""
-        self.end, self._chain = end, chain
+        self.end, self.written, self._chain = end, end, chain
 
     def _frame_head(self, kind: bytes, count: int, check_sum: int, body: bytes) -> tuple[bytes, int]:
         head = _FRAME.pack(kind, 0, self._salt, count, check_sum)

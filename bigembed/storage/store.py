@@ -20,9 +20,11 @@ from bigembed.storage.journal import Journal
 from bigembed.storage.merge import Merge
 from bigembed.storage.row_index import NOWHERE, index_rows
 from bigembed.storage.superblock import Commit, Superblock
+from bigembed.storage.token_log import TokenLog
 from bigembed.storage.undo import Undo
 
 STAGING_BYTES = 16 << 20
+BEHIND_BYTES = 512 << 10  # rows that are worth another thread
 READER_ROUNDS = 3
 LOAD_ROUNDS = 100
 
@@ -63,6 +65,7 @@ class RecordStore:
         self._reader = reader
         self._staging = np.empty(0, np.uint32)
         self.counters = Upkeep()
+        self.tokens: TokenLog | None = None
         self.load()
 
     # -- opening --------------------------------------------------------------------------------------------
@@ -135,6 +138,7 @@ class RecordStore:
                     f"{self.path}: a rollback to generation {unfinished.rollback_to} is under way or was interrupted. "
                     "Try again when it is done, or open the table once with mode='r+' to finish it."
                 )
+            self._load_tokens()
             return
         assert self.undo is not None
         self._make_durable()
@@ -144,6 +148,13 @@ class RecordStore:
         self.undo.remove_stale()
         if self.spec.num_rows != stored_rows:
             self.write_metadata(self.is_plain)
+        self._load_tokens()
+
+    def _load_tokens(self) -> None:
+        if self.tokens is None:
+            self.tokens = TokenLog(self.path, self.spec.num_rows, self.is_writer)
+        else:
+            self.tokens.reload(self.spec.num_rows)
 
     def _make_durable(self) -> None:
         """What we found may be in the page cache only, if a process died before its sync: build on nothing less."""
@@ -229,18 +240,24 @@ class RecordStore:
 
     @property
     def staging_bytes(self) -> int:
-        return self._staging.nbytes
+        return self._staging.nbytes + self.journal.behind.memory_bytes
 
     # -- writing --------------------------------------------------------------------------------------------
 
     def append(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None:
-        """Append changed rows (ascending, distinct) to the journal; they count from the next commit on."""
+        """Append changed rows (ascending, distinct) to the journal; they count from the next commit on.
+
+        The arrays are the store's from now on: many rows are sealed and written by another thread.
+        """
         self._check_sound()
         if self.is_plain:
             self.write_metadata(plain=False)
         step = max(1, STAGING_BYTES // self.spec.record_bytes)
         for start in range(0, len(rows_M), step):
             rows, values = rows_M[start : start + step], values_ME[start : start + step]
+            if values.nbytes >= BEHIND_BYTES:
+                self.journal.append_behind(rows, values)
+                continue
             records_MW = self._stage(len(rows))
             sums = threads.run(seal, len(rows), rows, values, self.keys_W, records_MW)
             self.journal.append(rows, records_MW, sum(map(int, sums)) % (1 << 64))
@@ -265,6 +282,8 @@ class RecordStore:
         )
         if self.is_plain and parent.num_rows != commit.num_rows:
             self.write_metadata(plain=False)  # new rows are at their initial values, which no other reader computes
+        assert self.tokens is not None
+        self.tokens.sync(commit.num_rows)
         self.journal.commit(commit)
         assert self.undo is not None
         if explicit:
@@ -303,6 +322,6 @@ class RecordStore:
         return not self.is_sound or self.journal.is_poisoned
 
     def close(self) -> None:
-        for part in (self.__dict__.get(name) for name in ("journal", "base", "undo")):
+        for part in (self.__dict__.get(name) for name in ("journal", "base", "undo", "tokens")):
             if part is not None:
                 part.close()

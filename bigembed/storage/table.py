@@ -24,8 +24,9 @@ from bigembed.errors import (
 from bigembed.init import InitialValues
 from bigembed.spec import StateColumns, TableSpec
 from bigembed.storage import files, lifetime, rewrite, upkeep
+from bigembed.storage.aside import put_back, remove_leftovers
 from bigembed.storage.base import READERS
-from bigembed.storage.create import checked_integer, create_table, remove_leftovers
+from bigembed.storage.create import absolute_path, checked_integer, create_table
 from bigembed.storage.filesystem import warn_if_remote
 from bigembed.storage.lock import WriterLock
 from bigembed.storage.read_ahead import ReadAhead
@@ -33,6 +34,7 @@ from bigembed.storage.rows import checked_rows, last_of_each
 from bigembed.storage.stats import table_stats
 from bigembed.storage.store import Limits, RecordStore
 from bigembed.storage.superblock import Commit
+from bigembed.storage.token_log import TokenLog
 from bigembed.storage.upkeep import Progress
 from bigembed.storage.verify import VerifyReport, verify_store
 
@@ -136,11 +138,9 @@ class Table:
         Raises:
             TableExists: something stands at the path. InvalidArgument: a size or dtype that cannot be.
         """
-        where = _absolute(path)
-        if overwrite:
-            where = os.path.realpath(where)  # the table, not a link to it
+        where = absolute_path(path, overwrite)
         _checked_options(**options)
-        facts = {
+        facts: dict[str, Any] = {
             "num_rows": num_rows,
             "dim": dim,
             "dtype": dtype,
@@ -181,7 +181,8 @@ class Table:
         limits = _checked_options(
             journal_bytes=journal_bytes, index_bytes=index_bytes, reader=reader, is_temporary=is_temporary, mode=mode
         )
-        where = _absolute(path)
+        where = absolute_path(path)
+        put_back(where)
         if not os.path.lexists(where):
             raise TableMissing(f"{where} does not exist. Create a table with Table.create(path, num_rows, dim).")
         if not os.path.exists(os.path.join(where, "superblock")) and not rewrite.is_rewriting(where):
@@ -211,6 +212,14 @@ class Table:
     def generation(self) -> int:
         """The number of the last commit."""
         return self._store.journal.head.number
+
+    @property
+    def token_log(self) -> TokenLog:
+        """The tokens of rows that were added, in the same commits as the rows."""
+        with self.mutex:
+            self._check_open()
+            assert self._store.tokens is not None
+            return self._store.tokens
 
     @property
     def is_closed(self) -> bool:
@@ -622,17 +631,6 @@ class Table:
         if self._lock is not None:
             self._lock.release()
         self._store.is_writer = False  # a read that finds a record moved by the parent looks again, as any reader
-
-
-def _absolute(path: Any) -> str:
-    """The path as an absolute string.
-
-    Raises:
-        InvalidArgument: it is empty, or no path.
-    """
-    if not isinstance(path, str | bytes | os.PathLike) or not os.fspath(path):
-        raise InvalidArgument(f"path must name a folder, not {path!r}.")
-    return os.path.abspath(os.fsdecode(path))
 
 
 def _checked_options(

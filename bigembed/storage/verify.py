@@ -35,6 +35,8 @@ def verify_store(store: RecordStore, progress: Progress | None = None) -> Verify
             progress(done + 1, len(present))
     in_journal = store.journal.verify(store.keys_W)
     in_undo = store.undo.verify(store.keys_W) if store.undo is not None else 0
+    if store.tokens is not None:
+        store.tokens.entries(store.spec.num_rows)  # which checks the log of added tokens
     return VerifyReport(len(present), rows, in_journal, in_undo)
 
 
