@@ -10,16 +10,26 @@ from bigembed.threads import get_num_threads, set_num_threads
 
 if TYPE_CHECKING:
     from bigembed import optim
+    from bigembed.convert.converter import convert as convert_file
+    from bigembed.convert.export import export as export_file
     from bigembed.nn.embedding import Embedding
     from bigembed.nn.lookahead import lookahead
+    from bigembed.vocab.hashed import HashBuckets, HashVocab, NgramHash
+    from bigembed.vocab.vocabulary import Vocabulary
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BigembedError",
     "Embedding",
+    "HashBuckets",
+    "HashVocab",
+    "NgramHash",
     "Table",
+    "Vocabulary",
+    "convert_file",
     "errors",
+    "export_file",
     "get_num_threads",
     "init",
     "lookahead",
@@ -27,8 +37,14 @@ __all__ = [
     "set_num_threads",
 ]
 
-# What needs torch (seconds to import) comes when it is asked for: a Table and the command line do without.
-_NEEDS_TORCH = {
+# What needs torch (seconds to import) or readers of many formats comes when it is asked for.
+_ON_DEMAND = {
+    "convert_file": ("bigembed.convert.converter", "convert"),
+    "export_file": ("bigembed.convert.export", "export"),
+    "HashBuckets": ("bigembed.vocab.hashed", "HashBuckets"),
+    "HashVocab": ("bigembed.vocab.hashed", "HashVocab"),
+    "NgramHash": ("bigembed.vocab.hashed", "NgramHash"),
+    "Vocabulary": ("bigembed.vocab.vocabulary", "Vocabulary"),
     "Embedding": ("bigembed.nn.embedding", "Embedding"),
     "lookahead": ("bigembed.nn.lookahead", "lookahead"),
     "optim": ("bigembed.optim", None),
@@ -36,9 +52,9 @@ _NEEDS_TORCH = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NEEDS_TORCH:
+    if name not in _ON_DEMAND:
         raise AttributeError(f"module 'bigembed' has no attribute {name!r}")
-    module_name, attribute = _NEEDS_TORCH[name]
+    module_name, attribute = _ON_DEMAND[name]
     module = importlib.import_module(module_name)
     value = module if attribute is None else getattr(module, attribute)
     globals()[name] = value

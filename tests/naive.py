@@ -595,3 +595,32 @@ def scale_rows(sums_UD, scale):
 
 def row_squares(sums_UD):
     return np.array([sum((float(g) * float(g) for g in row), 0.0) for row in sums_UD], np.float64)
+
+
+# --- converting
+
+
+def normalize_rows(values_MD):
+    out_MD = values_MD.copy()
+    for m, row in enumerate(values_MD.tolist()):
+        total = 0.0
+        for value in row:
+            total += value * value
+        if total > 0.0:
+            out_MD[m] = [np.float32(np.float64(value) / np.sqrt(total)) for value in row]
+    return out_MD
+
+
+def count_not_finite(values_MD):
+    return sum(not np.isfinite(row).all() for row in values_MD)
+
+
+def mean_of_parts(values_FD, start_N1):
+    out_ND = np.zeros((len(start_N1) - 1, values_FD.shape[1]), np.float32)
+    for n in range(len(out_ND)):
+        first, last = start_N1[n], start_N1[n + 1]
+        for f in range(first, last):
+            out_ND[n] = out_ND[n] + values_FD[f]
+        if last > first:
+            out_ND[n] = out_ND[n] / np.float32(last - first)
+    return out_ND

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 import bigembed
-from bigembed import Table, cli
+from bigembed import Table
+from bigembed.cli import main as cli
+from bigembed.cli import values
 
 
 @pytest.fixture
@@ -47,11 +49,12 @@ def test_version(capsys):
 def test_help_lists_every_command_with_examples(capsys):
     status, out, err = run(["--help"], capsys)
     assert (status, err) == (0, "")
-    for word in ("demo", "info", "verify", "examples:", "bigembed info ngrams.bigembed"):
+    commands = ("demo", "convert", "export", "copy", "info", "verify", "lookup", "nearest")
+    for word in (*commands, "examples:", "bigembed info glove.bigembed"):
         assert word in out
 
 
-@pytest.mark.parametrize("command", ["demo", "info", "verify"])
+@pytest.mark.parametrize("command", ["demo", "convert", "export", "copy", "info", "verify", "lookup", "nearest"])
 def test_each_command_has_help(command, capsys):
     status, out, err = run([command, "--help"], capsys)
     assert (status, err) == (0, "")
@@ -101,7 +104,7 @@ def test_wrong_use_has_status_2(line, message, capsys):
     ],
 )
 def test_sizes(text, size):
-    assert cli._size(text) == size
+    assert values.size(text) == size
 
 
 def test_info_shows_the_table(table, capsys):
@@ -181,7 +184,7 @@ def test_interrupt_has_status_130(table, capsys, monkeypatch):
 
 def test_commands_that_need_no_torch_do_not_import_it(table):
     code = (
-        "import sys; from bigembed import cli; assert 'torch' not in sys.modules; "
+        "import sys; from bigembed.cli import main as cli; assert 'torch' not in sys.modules; "
         f"assert cli.main(['info', {table!r}]) == 0; assert cli.main(['verify', {table!r}]) == 0; "
         "assert 'torch' not in sys.modules"
     )

@@ -22,11 +22,14 @@ from bigembed.nn.options import (
     checked_padding,
     temporary_path,
 )
+from bigembed.nn.tokens import embed_tokens
 from bigembed.nn.weight import WeightView
 from bigembed.optim.trainable import TrainableTable, trainable_of
 from bigembed.storage.create import checked_integer
 from bigembed.storage.opened import open_shared
 from bigembed.storage.table import Table
+from bigembed.vocab.vectors import Tokens
+from bigembed.vocab.vocabulary import Vocabulary
 
 
 class CannotCopy(BigembedError, TypeError):
@@ -259,6 +262,25 @@ class Embedding(nn.Module):
             InvalidIds, RowOutOfRange: as the lookup would.
         """
         self.trainable.prefetch(checked_ids(ids, self.table.shape[0], self.trainable.device))
+
+    @property
+    def vocab(self) -> Vocabulary:
+        """The table's vocabulary: `vocab.rows(tokens)`, `vocab.tokens(rows)`, `vocab.add(tokens)`.
+
+        Raises:
+            NoVocabulary: the table has none.
+        """
+        return Vocabulary.open(self.table)
+
+    def embed(self, tokens: Tokens, unknown: Any = None) -> torch.Tensor:
+        """(N, D): the vectors of N tokens (text or bytes), part of the graph as `forward`'s.
+
+        Words of a fastText vocabulary are the mean of their word's and subwords' rows, so unknown ones have a vector.
+
+        Raises:
+            UnknownToken: nothing stands for a token; say `unknown=row`. NoVocabulary: the table has none.
+        """
+        return embed_tokens(self, self.vocab, tokens, unknown)
 
     @property
     def table(self) -> Table:

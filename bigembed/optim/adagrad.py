@@ -49,7 +49,8 @@ class Adagrad(TableOptimizer):
             if not group[name] >= 0.0:
                 raise InvalidArgument(f"{name} must be at least 0, not {group[name]}.")
 
-    def _state_columns(self, dim: int, group: dict[str, Any]) -> tuple[StateColumns, ...]:
+    @classmethod
+    def state_columns(cls, dim: int, group: dict[str, Any]) -> tuple[StateColumns, ...]:
         return (StateColumns("sum", dim, float(group["initial_accumulator_value"])),)
 
     def _kernel(self, group: dict[str, Any], step: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -48,7 +48,8 @@ class Adam(TableOptimizer):
         if not group["eps"] > 0.0:
             raise InvalidArgument(f"eps must be above 0, not {group['eps']}.")
 
-    def _state_columns(self, dim: int, group: dict[str, Any]) -> tuple[StateColumns, ...]:
+    @classmethod
+    def state_columns(cls, dim: int, group: dict[str, Any]) -> tuple[StateColumns, ...]:
         return StateColumns("exp_avg", dim), StateColumns("exp_avg_sq", dim)
 
     def _kernel(self, group: dict[str, Any], step: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:

@@ -58,7 +58,7 @@ class TableOptimizer(torch.optim.Optimizer):
             raise
         for group in new:
             for handle in group["params"]:
-                self._tables[id(handle)].attach(self, self._state_columns, group, self._reset_state)
+                self._tables[id(handle)].attach(self, self.state_columns, group, self._reset_state)
         self._attached_groups = len(self.param_groups)
 
     def _handles(self, modules: Any) -> list[nn.Parameter]:
@@ -101,7 +101,8 @@ class TableOptimizer(torch.optim.Optimizer):
         if not float(group["lr"]) >= 0.0:
             raise InvalidArgument(f"lr must be at least 0, not {group['lr']}.")
 
-    def _state_columns(self, dim: int, group: dict[str, Any]) -> tuple[StateColumns, ...]:
+    @classmethod
+    def state_columns(cls, dim: int, group: dict[str, Any]) -> tuple[StateColumns, ...]:
         """The state that a row of `dim` weights keeps."""
         raise NotImplementedError
 

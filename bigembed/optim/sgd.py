@@ -24,7 +24,8 @@ class SGD(TableOptimizer):
     def __init__(self, modules: Any, lr: float = 1e-3, *, maximize: bool = False, reset_state: bool = False) -> None:
         super().__init__(modules, {"lr": lr, "maximize": maximize}, reset_state)
 
-    def _state_columns(self, dim: int, group: dict[str, Any]) -> tuple[StateColumns, ...]:
+    @classmethod
+    def state_columns(cls, dim: int, group: dict[str, Any]) -> tuple[StateColumns, ...]:
         return ()
 
     def _kernel(self, group: dict[str, Any], step: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
