@@ -46,6 +46,22 @@ def test_lookahead(tmp_path: Path) -> None:
     assert "ahead/larger" in printed
 
 
+def test_convert(tmp_path: Path) -> None:
+    tiny = ("--mib", "2", "--peer-mib", "1", "--large-mib", "3", "--rounds", "1", "--folder", str(tmp_path))
+    printed = run("bench_convert.py", *tiny)
+    assert "of its speed" in printed
+    assert "of cat | wc -l + write" in printed
+    assert "MiB above import" in printed
+
+
+def test_vocab(tmp_path: Path) -> None:
+    tiny = ("--tokens", "2000", "--batch", "1000", "--cold-batch", "300", "--rounds", "1", "--disk-seconds", "1",
+            "--folder", str(tmp_path))  # fmt: skip
+    printed = run("bench_vocab.py", *tiny)
+    assert "of the dict" in printed
+    assert "of the disk's rate" in printed
+
+
 def test_results_name_command_commit_and_machine() -> None:
     for path in (BENCHMARKS / "results").glob("*.json"):
         assert {"command", "commit", "machine", "versions"} <= json.loads(path.read_text()).keys(), path.name

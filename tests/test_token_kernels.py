@@ -225,6 +225,9 @@ class TestMap:
             asked_m = np.array(naive_vocab.hash_tokens(asked), np.uint64)
             token_map.find_among(0, len(asked), query.bytes_B, query.start_M1, asked_m, *put, slots_s, out_m)
             assert out_m.tolist() == naive_vocab.find_among(asked, listed)
+            seen = (found.bytes_B[: found.start_M1[half]].copy(), found.start_M1[: half + 1].copy())
+            token_map.find_among(0, len(asked), query.bytes_B, query.start_M1, asked_m, *seen, slots_s, out_m)
+            assert out_m.tolist() == naive_vocab.find_among(asked, listed[:half]), "others were put meanwhile"
 
 
 class TestPacking:

@@ -434,6 +434,7 @@ class TestCompact:
         vocab.verify()
         names = {f"{kind}.2" for kind in ("tokens", "blocks", "index", "rows", "entries")} | {"vocab.json", "added"}
         assert set(os.listdir(os.path.join(table.path, "vocab"))) == names
+        assert table.token_log.entries()[2].tolist() == [12]  # the log forgets what was folded
         table.rollback(table.generations()[0].number)
         assert vocab.rows(["y", "not committed"], unknown=-1).tolist() == [11, -1]
         assert vocab.add(["z"]).tolist() == [12]

@@ -320,6 +320,21 @@ class TestErrors:
         assert n > 30
 
 
+def test_everything_is_on_the_disk_before_the_file_that_decides(tmp_path):
+    """A crash of the machine at any moment: vocab.json is there only when all that it names is."""
+    seen = []
+    files.before = lambda operation, path: seen.append((operation, os.path.basename(path)))
+    build(tmp_path / "v", [b"a", b"b", b"a"], [3, 1, 2])
+    files.before = None
+    decides = seen.index(("rename", "vocab.json"))
+    for kind in vocab_format.KINDS[:5]:
+        writes = [at for at, one in enumerate(seen) if one == ("write", f"{kind}.1")]
+        assert max(writes) < seen.index(("sync", f"{kind}.1")) < seen.index(("sync directory", "v")) < decides
+    assert seen.index(("sync directory", tmp_path.name)) < decides
+    assert seen.index(("sync", "vocab.json.new")) < decides < len(seen) - 1
+    assert seen[decides + 1] == ("sync directory", "v")
+
+
 class TestDamage:
     @pytest.fixture
     def whole(self, tmp_path):

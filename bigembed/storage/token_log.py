@@ -242,6 +242,23 @@ class TokenLog:
             self._counted_rows = min(self._counted_rows, num_rows)
             self._note_changes()
 
+    def drop_below(self, row: int) -> None:
+        """Forget the tokens of rows below `row`, which the vocabulary's files hold now; durable, all or none."""
+        with self._mutex:
+            self._check_writable()
+            if self._frames and self._frames[0].first_row < row:
+                self._is_poisoned = True
+                write_log(self._folder, self._parts_from(row))
+                self._load()
+                self._is_poisoned = False
+                self._note_changes()
+
+    def _parts_from(self, row: int) -> Iterator[Tokens]:
+        for bytes_B, start_M1, first_row in self.parts():
+            past = min(max(0, row - first_row), len(start_M1) - 1)
+            if past < len(start_M1) - 1:
+                yield bytes_B, start_M1[past:], first_row + past
+
     def _cut(self, num_rows: int) -> None:
         """Cut off entries of rows from num_rows on and whatever else is behind the others, for good."""
         if self._log is None:

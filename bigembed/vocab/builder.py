@@ -44,7 +44,7 @@ class BuildReport:
 class VocabBuilder:
     """Writes the files of a vocabulary into a folder; they count once `finish` has returned, and not before.
 
-    Best in a `with` block: leaving it without `finish` removes what was written. Takes about 130 MiB for 10^8 tokens.
+    Best in a `with` block: leaving it without `finish` removes what was written. Takes about 110 MiB for 10^8 tokens.
 
     Args:
         folder: `<table>/vocab`; made if it is not there.

@@ -63,7 +63,8 @@ def _foldable(table: Table, current: CurrentTokens) -> int:
 def compact(table: Table, current: CurrentTokens) -> None:
     """Write the files anew with the added tokens of the retained generation; the caller holds the table's mutex.
 
-    vocab.json, replaced last, decides which files count. The log keeps what was folded; `folded_rows` says to skip it.
+    vocab.json, replaced last, decides which files count; its `folded_rows` says which tokens of the log to skip, which
+    are dropped from it afterwards.
     """
     count, stored = _foldable(table, current), current.stored
     if not count:
@@ -75,5 +76,6 @@ def compact(table: Table, current: CurrentTokens) -> None:
             stored.trim()
         current.forget()  # whether or not the last step fails
         builder.finish(current.policy, facts.subwords)
+    table.token_log.drop_below(limit)
     current.catch_up(table)
     remove_leftovers(current.folder, current.stored.facts)
