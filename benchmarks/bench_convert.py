@@ -6,8 +6,8 @@ with seal and SHA-256 beside it on two cores. Text has 2.2 bytes for each byte o
 the table is written: the floor is `cat | wc -l` (every byte read once) plus the write of the table.
 
 Each figure is a median over rounds that take turns; every conversion runs in a process of its own, after a small one
-that loads the compiled kernels (`first_seconds`, about a second once a process). gensim reads into memory and writes nothing; it gets a smaller file of the same kind
-(`--peer-mib`), so rates are compared.
+that loads the compiled kernels (`first_seconds`, about a second once a process). gensim reads into memory and writes
+nothing; it gets a smaller file of the same kind (`--peer-mib`), so rates are compared.
 """
 
 import argparse

@@ -5,6 +5,7 @@ a forked child that launches a kernel. A range kernel here is `kernel(start, sto
 `nogil=True`, that writes only the outputs of its own range, so results do not depend on the thread count.
 """
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -22,6 +23,7 @@ class Task:
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         self._function, self._args = function, args
+        self._begun = threading.Lock()  # taken, once, by whoever settles what becomes of it
         self._finished = threading.Lock()
         self._finished.acquire()
         self.is_done = False
@@ -29,14 +31,23 @@ class Task:
         self.error: BaseException | None = None
 
     def work(self) -> None:
+        if not self._begun.acquire(blocking=False):
+            return
         try:
             self.result = self._function(*self._args)
         except BaseException as error:
             self.error = error
         self._end()
 
+    def cancel(self, error: BaseException) -> bool:
+        """Be done, with this error and without having worked; False where the work has begun."""
+        if not self._begun.acquire(blocking=False):
+            return False
+        self.fail(error)
+        return True
+
     def fail(self, error: BaseException) -> None:
-        """Be done without having worked."""
+        """Be done with this error: in a forked child, where nobody works on it."""
         self.error = error
         self._end()
 
@@ -129,18 +140,27 @@ class _Background:
         self._thread: threading.Thread | None = None
 
     def put(self, task: Task) -> None:
-        with self._mutex:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
-                self._thread.start()
-            self._unfinished.append(task)
-            self._tasks.put(task)
+        """Hand a task over. Where that fails, the task is done, with the error, unless it was begun."""
+        try:
+            with self._mutex:
+                if self._thread is None:
+                    thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+                    thread.start()
+                    self._thread = thread
+                self._unfinished.append(task)
+                self._tasks.put(task)
+        except BaseException as error:  # no more threads, or Ctrl-C
+            task.cancel(error)
+            raise
 
     def _work(self) -> None:
-        _local.is_background = True
+        _local.is_background, _local.lane = True, self
         while True:
-            self._tasks.get().work()
-            self._unfinished.popleft()
+            task = self._tasks.get()
+            task.work()
+            with contextlib.suppress(ValueError):
+                self._unfinished.remove(task)
+            del task  # an idle thread keeps no arrays alive
 
     def drain(self) -> None:
         """Wait for the tasks there are."""
@@ -172,8 +192,18 @@ def run_in_background(function: Callable[..., Any], *args: Any) -> Task:
 def write_behind(function: Callable[..., Any], *args: Any) -> Task:
     """As `run_in_background`, in a thread of its own: a short write does not wait for a long read."""
     task = Task(function, args)
-    _behind.put(task)
+    hand_behind(task)
     return task
+
+
+def hand_behind(task: Task) -> None:
+    """`write_behind` of a task that the caller has noted already, so that no error or Ctrl-C loses it."""
+    _behind.put(task)
+
+
+def is_behind() -> bool:
+    """Whether this is the thread that writes behind: it must not wait for what it should do itself."""
+    return getattr(_local, "lane", None) is _behind
 
 
 def _drain() -> None:

@@ -615,6 +615,10 @@ def count_not_finite(values_MD):
     return sum(not np.isfinite(row).all() for row in values_MD)
 
 
+def sum_of_squares(values_MD):
+    return sum(sum(value * value for value in row) for row in values_MD.tolist() if np.isfinite(row).all())
+
+
 def mean_of_parts(values_FD, start_N1):
     out_ND = np.zeros((len(start_N1) - 1, values_FD.shape[1]), np.float32)
     for n in range(len(out_ND)):

@@ -415,6 +415,81 @@ def test_a_forked_child_leaves_the_parents_work_alone(tmp_path):
     check_sound(tmp_path / "t")
 
 
+def test_a_forked_child_cannot_write_or_finish_its_parents_table(tmp_path):
+    with BulkTable(tmp_path / "t", D) as made:
+        made.append(np.ones((3, D), np.float32))
+        pid = os.fork()
+        if pid == 0:
+            calls = [lambda: made.append(np.zeros((2, D), np.float32)), lambda: made.skip(1), made.finish]
+            for call in calls:
+                try:
+                    call()
+                except errors.ForkedTable as error:
+                    if f"is being written by process {os.getppid()}; this forked child ({os.getpid()})" in str(error):
+                        continue
+                os._exit(1)
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        made.append(np.full((4, D), 7, np.float32))
+        made.finish()
+    assert all_rows(tmp_path / "t")[:, 0].tolist() == [1] * 3 + [7] * 4
+
+
+def test_a_child_forked_in_the_middle_of_a_write_ends(tmp_path):
+    made = BulkTable(tmp_path / "t", D)
+    made.append(np.ones((9000, D), np.float32))
+    held, may_end = threading.Event(), threading.Event()
+
+    def hold():  # as the thread that writes chunks does
+        with made._chunks._mutex:
+            held.set()
+            may_end.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        made.abandon()
+        os._exit(0 if made._chunks.is_closed else 1)
+    status = os.waitpid(pid, 0)[1]
+    may_end.set()
+    thread.join()
+    assert status == 0
+    made.finish()
+    check_sound(tmp_path / "t")
+
+
+@pytest.mark.parametrize("make", ["create", "bulk", "overwrite"])
+def test_what_fails_after_the_rename_is_said_and_the_table_stands(tmp_path, make):
+    path = tmp_path / "t"
+    if make == "overwrite":
+        Table.create(path, 5, 1).close()
+
+    def fail(operation, at):
+        name = os.path.basename(at) if make == "overwrite" else at
+        if (operation, name) in (("sync directory", str(tmp_path)), ("rmdir", "replaced")):
+            raise OSError(errno.EIO, "injected")
+
+    but = "the table that it replaced is still inside" if make == "overwrite" else "its name may not survive"
+    with pytest.raises(errors.StorageFailed, match=f"t is whole and at its place, but {but}.* injected") as caught:
+        if make == "create":
+            files.before = fail
+            Table.create(path, 10, D)
+        else:
+            with BulkTable(path, D, overwrite=make == "overwrite") as made:
+                made.append(np.ones((10, D), np.float32))
+                files.before = fail
+                made.finish()
+    files.before = None
+    assert caught.value.errno == errno.EIO
+    assert os.listdir(tmp_path) == ["t"]
+    with Table.open(path) as table:  # and nobody holds its lock
+        assert table.shape == (10, D)
+    assert not os.path.exists(path / "replaced")
+
+
 class Strike:
     """Raises OSError at the n-th operation, whichever thread does it."""
 
@@ -657,3 +732,25 @@ print(peak() - start)
 def test_memory_does_not_grow_with_the_table(tmp_path):
     done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "t")], capture_output=True, text=True)
     assert int(done.stdout) < 60, done.stderr  # MiB, for a table of 400 MiB
+
+
+def test_a_small_table_of_unknown_size_has_a_small_file(tmp_path):
+    with BulkTable(tmp_path / "t", 4) as bulk:
+        for _ in range(3):
+            bulk.append(np.ones((2000, 4), np.float32))
+        bulk.finish()
+    with Table.open(tmp_path / "t") as table:
+        assert table.spec.chunk_rows == 8192
+        assert os.path.getsize(tmp_path / "t" / "weight" / "c.0.0") == table.spec.chunk_bytes
+        assert table.verify().written_rows == 6000
+        assert (table.read(np.arange(6000)) == 1).all()
+        table.grow(20_000)
+        table.write([19_999], np.full((1, 4), 2, np.float32))
+        table.commit()
+        table.merge()
+        assert table.verify().written_rows == 6001
+    with BulkTable(tmp_path / "chosen", 4, chunk_rows=16_384) as bulk:
+        bulk.append(np.ones((10, 4), np.float32))
+        bulk.finish()
+    with Table.open(tmp_path / "chosen", mode="r") as table:
+        assert table.spec.chunk_rows == 16_384

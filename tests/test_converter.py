@@ -163,7 +163,7 @@ def test_standard_input_has_its_sum_too(glove, tmp_path):
     subprocess.run([sys.executable, "-c", code], input=content, check=True)
     with Table.open(tmp_path / "t", mode="r") as table:
         files = table.spec.attributes["source"]["files"]
-    assert files == [{"name": "-", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}]
+    assert files == [{"name": "standard input", "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}]
     assert rows_of(tmp_path / "t").tobytes() == ROWS.tobytes()
 
 
@@ -310,6 +310,101 @@ def test_exported_parts_are_read_again(npy, tmp_path):
     for source in (tmp_path / "parts", tmp_path / "parts" / "model.safetensors.index.json"):
         convert(source, tmp_path / "again", overwrite=True)
         assert rows_of(tmp_path / "again").tobytes() == ROWS.tobytes()
+
+
+def test_the_first_rows_of_a_pipe(glove, tmp_path):
+    code = f"from bigembed.convert.converter import convert; convert('-', {str(tmp_path / 't')!r}, limit=2)"
+    subprocess.run([sys.executable, "-c", code], input=glove.read_bytes() + b"bad", check=True)
+    assert rows_of(tmp_path / "t").tobytes() == ROWS[:2].tobytes()
+
+
+def test_a_source_inside_the_target_is_kept(npy, tmp_path):
+    convert(npy, tmp_path / "t")
+    inside = tmp_path / "t" / "rows.npy"
+    inside.write_bytes(npy.read_bytes())
+    with pytest.raises(InvalidArgument, match="inside the target"):
+        convert(inside, tmp_path / "t", overwrite=True)
+    assert inside.exists()
+    with pytest.raises(InvalidArgument, match="outside of the table's folder"):
+        bigembed.export_file(tmp_path / "t", tmp_path / "t" / "w.npy")
+    with pytest.raises(UnknownFormat, match="is a table already"):
+        convert(tmp_path / "t", tmp_path / "other")
+
+
+def test_options_that_mean_nothing_for_a_source(npy, glove, tmp_path):
+    with pytest.raises(InvalidArgument, match="there is no vocabulary"):
+        convert(npy, tmp_path / "t", unknown="a")
+    with pytest.raises(InvalidArgument, match="without a name"):
+        convert(glove, tmp_path / "t", tensor="x")
+    with pytest.raises(InvalidArgument, match="no row of the table"):
+        convert(glove, tmp_path / "t", unknown=50_000, rows=2000)
+    with pytest.raises(UnknownFormat, match="that of a folder"):
+        convert(npy, tmp_path / "t", format="huggingface")
+    with pytest.raises(UnknownFormat, match="Did you mean word2vec-text or word2vec-binary"):
+        convert(glove, tmp_path / "t", format="word2vec")
+    for name in ("limit", "rows", "dim"):
+        with pytest.raises(InvalidArgument, match="must be an integer"):
+            convert(npy, tmp_path / "t", **{name: 1.5})
+
+
+def test_tokens_of_another_table_do_not_stay_beside_an_export(npy, glove, tmp_path):
+    convert(glove, tmp_path / "words")
+    convert(npy, tmp_path / "plain")
+    bigembed.export_file(tmp_path / "words", tmp_path / "out.npy")
+    assert (tmp_path / "out.npy.vocab.txt").exists()
+    bigembed.export_file(tmp_path / "plain", tmp_path / "out.npy", overwrite=True)
+    assert not (tmp_path / "out.npy.vocab.txt").exists()
+    (tmp_path / "out.npy.vocab.txt").write_text("a\n" * 1001)
+    with pytest.raises(BadSource, match="has 1001 tokens, but there are 1000 rows"):
+        convert(tmp_path / "out.npy", tmp_path / "t")
+
+
+def test_new_rows_have_the_spread_of_those_read(glove, tmp_path):
+    small = tmp_path / "small.txt"
+    small.write_text("".join(f"w{i} 0.02 -0.02 0.02\n" for i in range(100)))
+    convert(small, tmp_path / "t")
+    emb = bigembed.Embedding.open(tmp_path / "t")
+    emb.vocab.add([f"new{i}" for i in range(2000)])
+    spread = float(emb.embed([f"new{i}" for i in range(2000)]).detach().std())
+    assert 0.018 < spread < 0.022
+    emb.commit()
+    emb.close()
+
+
+FASTTEXT = [["running", "runs", "runner", "run"], ["swimming", "swims", "swimmer", "swim"]] * 100
+
+
+@pytest.fixture
+def fasttext(tmp_path):
+    """A fastText file of gensim's, and gensim's vectors of it."""
+    models = pytest.importorskip("gensim.models.fasttext")
+    model = models.FastText(FASTTEXT, vector_size=12, min_count=1, bucket=300, epochs=3, workers=1, seed=1)
+    models.save_facebook_model(model, str(tmp_path / "model.bin"))
+    return tmp_path / "model.bin", models.load_facebook_vectors(str(tmp_path / "model.bin"))
+
+
+def test_fasttext_words_are_compared_and_exported_as_gensim_has_them(fasttext, tmp_path, capsys):
+    path, vectors = fasttext
+    convert(path, tmp_path / "t")
+    status, out, _ = run(["nearest", tmp_path / "t", "running", "--count", "5"], capsys)
+    assert status == 0
+    found = [line.split("\t") for line in out.splitlines()]
+    expected = vectors.most_similar("running", topn=5)
+    assert [word for _, word in found] == [word for word, _ in expected]
+    np.testing.assert_allclose([float(s) for s, _ in found], [s for _, s in expected], atol=1e-4)
+    report = bigembed.export_file(tmp_path / "t", tmp_path / "out.vec")
+    assert (report.rows, len(report.notes)) == (8, 1)
+    from gensim.models import KeyedVectors
+
+    exported = KeyedVectors.load_word2vec_format(str(tmp_path / "out.vec"))
+    assert sorted(exported.key_to_index) == sorted(vectors.key_to_index)
+    for word in exported.key_to_index:
+        np.testing.assert_allclose(exported[word], vectors[word], rtol=1e-5, atol=1e-7)
+    assert "not composed" in bigembed.export_file(tmp_path / "t", tmp_path / "out.npy").notes[0]
+    for options in ({"normalize": True}, {"unknown": "run"}):
+        with pytest.raises(InvalidArgument):
+            convert(path, tmp_path / "u", **options)
+    assert "left out" in " ".join(convert(path, tmp_path / "few", limit=3).notes)
 
 
 # -- the command line -------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def test_narrow_types_and_names_are_passed_on(path, tmp_path):
     found = torch.load(tmp_path / "x.pt", weights_only=True)["emb.weight"]
     assert torch.equal(found, torch.from_numpy(rows_of(path)).half())
     assert report.notes == [
-        "1 rows hold NaN or infinity; they are written as they are.",
+        "1 rows hold NaN or infinity; they are written as they are (text that holds them cannot be converted again).",
         "2 values are beyond the range of float16 and became infinite.",
     ]
 

@@ -28,3 +28,7 @@ def test_normalize_rows_equals_its_twin(values):
 def test_count_not_finite_equals_its_twin(values):
     values_MD = values
     assert sum(threads.run(norms.count_not_finite, len(values_MD), values_MD)) == naive.count_not_finite(values_MD) == 4
+
+
+def test_sum_of_squares_equals_its_twin(values):
+    assert norms.sum_of_squares(0, len(values), values) == naive.sum_of_squares(values)

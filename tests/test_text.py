@@ -175,7 +175,7 @@ def test_a_bad_line_is_named_or_left_out(format, line, problem, window_bytes, tm
         read(source_of(tmp_path, data, format, window_bytes, dim=2))
     place = f"line {3 + bool(header)} (byte {len(header + GOOD_LINES)})"
     assert f"{tmp_path}/source.txt, {place}: {problem}" in str(caught.value)
-    assert str(caught.value).endswith("To leave out such lines, use skip_bad_lines.")
+    assert str(caught.value).endswith("To leave such lines out, use skip_bad_lines (--skip-bad-lines).")
     source = source_of(tmp_path, data, format, window_bytes, dim=2, skip_bad_lines=True)
     tokens, rows = read(source)
     assert tokens == [b"the", b"of", b"to"]
@@ -203,26 +203,36 @@ def test_a_file_of_bad_lines_alone_is_an_error(tmp_path):
         read_bytes(tmp_path, b"a nan 1\nb nan 1\n", "glove", skip_bad_lines=True)
 
 
-def test_lines_past_those_of_the_header_are_left_out_with_a_note(tmp_path):
+def test_lines_past_those_of_the_header_are_an_error_or_left_out(tmp_path):
     data = b"2 2\n" + GOOD_LINES + b"not a line\nof 1 2\n"
     for window_bytes in (3, 20, 1 << 20):
-        source = source_of(tmp_path, data, "word2vec-text", window_bytes)
+        with pytest.raises(BadSource, match="byte 27: the header says 2 rows, but 18 bytes follow them"):
+            read(source_of(tmp_path, data, "word2vec-text", window_bytes))
+        source = source_of(tmp_path, data, "word2vec-text", window_bytes, skip_bad_lines=True)
         assert read(source)[0] == [b"the", b"of"]
-        assert source.notes == [
-            "The header says 2 rows; the 18 bytes that follow them, from byte 27 on, were left out."
-        ]  # fmt: skip
+        assert len(source.notes) == 1
+        assert source.notes[0].startswith("the header says 2 rows, but 18 bytes follow them.")
+        source = source_of(tmp_path, data, "word2vec-text", window_bytes, limit=1)
+        assert (read(source)[0], source.notes) == ([b"the"], [])
     source = source_of(tmp_path, b"2 2\n" + GOOD_LINES + b"\n \r\n", "word2vec-text")
     assert (len(read(source)[0]), source.notes) == (2, [])
 
 
-def test_fewer_lines_than_the_header_says_are_noted(tmp_path):
+def test_fewer_lines_than_the_header_says_are_an_error_or_noted(tmp_path):
     source = source_of(tmp_path, b"1000 2\n" + GOOD_LINES, "word2vec-text")
     assert source.num_rows is None  # the file has no room for a thousand
-    assert len(read(source)[0]) == 2
-    assert source.notes == ["The header says 1,000 rows, but the file has 2."]
-    source = source_of(tmp_path, b"3 2\n" + GOOD_LINES, "word2vec-text")
+    with pytest.raises(BadSource, match=r"line 4 \(byte 30\): the header says 1,000 rows, but the file has 2"):
+        read(source)
+    source = source_of(tmp_path, b"3 2\n" + GOOD_LINES, "word2vec-text", skip_bad_lines=True)
     assert source.num_rows == 3
     assert len(read(source)[0]) == 2
+    assert source.notes == ["the header says 3 rows, but the file has 2."]
+
+
+def test_lines_past_the_limit_need_not_be_sound(tmp_path):
+    for format, head in (("glove", b""), ("word2vec-text", b"9 2\n")):
+        source = source_of(tmp_path, head + GOOD_LINES + b"bad\n" * 100, format, 16, limit=2, dim=2)
+        assert (read(source)[0], source.skipped.count) == ([b"the", b"of"], 0)
 
 
 def test_a_last_line_without_its_end(tmp_path):

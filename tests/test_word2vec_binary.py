@@ -111,7 +111,7 @@ def test_a_file_cut_anywhere_gives_whole_rows_or_an_error(tmp_path, ends, window
     tokens_read, places = set(), set()
     for cut in range(len(data.rstrip(b"\n") if ends == ("\n",) else data)):
         try:
-            source = source_of(tmp_path, data[:cut], window_bytes)
+            source = source_of(tmp_path, data[:cut], window_bytes, skip_bad_lines=True)
             found, read_VD = read(source)
         except BadSource as error:
             places.add(str(error).split(": ")[0].endswith((f", byte {cut}", ", byte 0")))
@@ -119,7 +119,9 @@ def test_a_file_cut_anywhere_gives_whole_rows_or_an_error(tmp_path, ends, window
         tokens_read.add(len(found))
         assert found == tokens[: len(found)]
         assert read_VD.tobytes() == rows_VD[: len(found)].tobytes()
-        assert source.notes == [f"The header says 4 rows, but the file has {len(found)}."]
+        assert source.notes == [f"the header says 4 rows, but the file has {len(found)}."]
+        with pytest.raises(BadSource, match=f"byte {cut}: the header says 4 rows, but the file has {len(found)}"):
+            read(source_of(tmp_path, data[:cut], window_bytes))
     assert tokens_read == {1, 2, 3}
     assert places == {True}
 
@@ -131,23 +133,25 @@ def test_a_cut_row_is_named_with_its_byte(tmp_path):
         read(source_of(tmp_path, data))
 
 
-def test_more_rows_than_the_header_says_are_left_out_with_a_note(tmp_path):
+def test_more_rows_than_the_header_says_are_an_error_or_left_out(tmp_path):
     data, tokens, rows_VD = file_of(4, count=5, dim=3)
     more = data.replace(b"5 3\n", b"2 3\n", 1)
     for window_bytes in (10, 1 << 20):
-        source = source_of(tmp_path, more, window_bytes)
-        found, read_VD = read(source)
-        assert (found, read_VD.tobytes()) == (tokens[:2], rows_VD[:2].tobytes())
-        assert len(source.notes) == 1
-        assert source.notes[0].startswith("The header says 2 rows; the ")
+        with pytest.raises(BadSource, match="the header says 2 rows, but"):
+            read(source_of(tmp_path, more, window_bytes))
+        for options in ({"skip_bad_lines": True}, {"limit": 2}):
+            source = source_of(tmp_path, more, window_bytes, **options)
+            found, read_VD = read(source)
+            assert (found, read_VD.tobytes()) == (tokens[:2], rows_VD[:2].tobytes())
+        assert read(source_of(tmp_path, more, window_bytes, limit=1))[0] == tokens[:1]
 
 
-def test_fewer_rows_than_the_header_says_are_noted(tmp_path):
+def test_fewer_rows_than_the_header_says_are_an_error_or_noted(tmp_path):
     data, _, _ = file_of(5, count=3, dim=2, ends=("\n",))
-    source = source_of(tmp_path, data.replace(b"3 2\n", b"900 2\n", 1))
+    source = source_of(tmp_path, data.replace(b"3 2\n", b"900 2\n", 1), skip_bad_lines=True)
     assert source.num_rows is None  # the file has no room for 900
     assert len(read(source)[0]) == 3
-    assert source.notes == ["The header says 900 rows, but the file has 3."]
+    assert source.notes == ["the header says 900 rows, but the file has 3."]
 
 
 def test_a_wrong_number_of_columns_is_noticed(tmp_path):

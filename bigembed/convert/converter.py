@@ -1,5 +1,6 @@
 """From any file of embeddings to a table: read in blocks, written aside, renamed into place when whole."""
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -10,53 +11,19 @@ import numpy as np
 
 from bigembed import threads
 from bigembed.convert.formats import open_source
+from bigembed.convert.options import ConvertOptions, check_applies, check_rows, checked_options
 from bigembed.convert.provenance import Provenance
 from bigembed.convert.source import ReadOptions, SkippedLines, Source
 from bigembed.convert.writers.vocab_text import VOCAB_SUFFIX, read_vocab_lines
 from bigembed.errors import BadSource, InvalidArgument, TableExists
-from bigembed.kernels.norms import count_not_finite, normalize_rows
+from bigembed.init import normal
+from bigembed.kernels.norms import count_not_finite, normalize_rows, sum_of_squares
 from bigembed.spec import StateColumns
 from bigembed.storage.bulk import BulkTable
 from bigembed.vocab.builder import BuildReport, VocabBuilder
 from bigembed.vocab.packed import PackedTokens
 
 Progress = Callable[[int, int | None], None]  # (bytes of the source read, their total where known)
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What a user may say about a conversion.
-
-    Args:
-        format: the source's format, see bigembed.convert.formats.FORMATS; None to recognise it by its bytes.
-        dim: columns, where a text file leaves them open. tensor: which tensor, dataset or column holds the rows.
-        skip_bad_lines: leave out lines that cannot be read, instead of stopping at the first.
-        rows: rows of the table, at least; those past the source's start at initial values.
-        limit: read at most so many rows.
-        dtype: "float32", the only one so far.
-        optimizer: reserve the state columns of this optimizer, such as "Adam"; None reserves row-wise Adagrad's one.
-        normalize: divide each row by its 2-norm.
-        vocabulary: keep the tokens.
-        unknown: what stands for a token that is not there: None (an error), a row, or a token.
-        seed: decides the initial values of rows past the source's.
-        overwrite: replace a table that stands at the target.
-        dry_run: read and check everything, write nothing.
-    """
-
-    format: str | None = None
-    dim: int | None = None
-    tensor: str | None = None
-    skip_bad_lines: bool = False
-    rows: int | None = None
-    limit: int | None = None
-    dtype: str = "float32"
-    optimizer: str | None = None
-    normalize: bool = False
-    vocabulary: bool = True
-    unknown: int | str | bytes | None = None
-    seed: int = 0
-    overwrite: bool = False
-    dry_run: bool = False
 
 
 @dataclass
@@ -66,6 +33,7 @@ class ConvertReport:
     Args:
         source, target: as the user gave them. format, dtype: of the source. rows, dim: read. num_rows: V of the table.
         vocabulary: tokens and duplicates; None where there is none.
+        spread: of the values read (their root mean square); rows that are new start at random with this spread.
         skipped: lines left out. notes: what a user should know. seconds: all of it. is_dry: nothing was written.
     """
 
@@ -77,6 +45,7 @@ class ConvertReport:
     rows: int = 0
     num_rows: int = 0
     vocabulary: BuildReport | None = None
+    spread: float = 0.0
     skipped: SkippedLines = field(default_factory=SkippedLines)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -113,12 +82,16 @@ def convert(
         >>> report.rows, report.dim, report.format
         (3, 3, 'npy')
     """
-    options = _options(options, more)
+    options = checked_options(options, more)
     began = time.monotonic()
     path, where = os.fspath(source), os.path.abspath(os.fspath(target))
     if os.path.lexists(where) and not (options.overwrite or options.dry_run):
         raise TableExists(f"{where} exists. Choose another target, or pass overwrite=True (--overwrite).")
-    with open_source(path, options.format, ReadOptions(options.dim, options.tensor, options.skip_bad_lines)) as reader:
+    if path != "-" and os.path.realpath(path).startswith(os.path.realpath(where) + os.sep):
+        raise InvalidArgument(f"{path} lies inside the target {where}. Choose a target elsewhere.")
+    how = ReadOptions(options.dim, options.tensor, options.skip_bad_lines, options.limit)
+    with open_source(path, options.format, how) as reader:
+        check_applies(reader, options)
         owner, state = _state(options.optimizer, reader.dim)
         report = ConvertReport(path, where, reader.format, reader.dtype, reader.dim, is_dry=options.dry_run)
         report.skipped = reader.skipped
@@ -129,25 +102,6 @@ def convert(
         report.notes += reader.notes
     report.seconds = time.monotonic() - began
     return report
-
-
-def _options(options: ConvertOptions | None, more: dict[str, Any]) -> ConvertOptions:
-    if options is not None and more:
-        raise InvalidArgument(f"options are given twice: as an object, and as {', '.join(sorted(more))}.")
-    try:
-        chosen = options or ConvertOptions(**more)
-    except TypeError as error:
-        known = ", ".join(ConvertOptions.__dataclass_fields__)
-        raise InvalidArgument(f"{error}. The options are {known}.") from error
-    if chosen.dtype != "float32":
-        raise InvalidArgument(f"dtype {chosen.dtype!r} is not supported; this version stores float32.")
-    for name in ("rows", "limit", "dim"):
-        value = getattr(chosen, name)
-        if value is not None and value < 1:
-            raise InvalidArgument(f"{name} must be at least 1, not {value}.")
-    if chosen.rows is not None and chosen.limit is not None and chosen.rows < chosen.limit:
-        raise InvalidArgument(f"rows={chosen.rows} is less than limit={chosen.limit}: read rows need room.")
-    return chosen
 
 
 def _state(optimizer: str | None, dim: int) -> tuple[str | None, tuple[StateColumns, ...]]:
@@ -170,6 +124,8 @@ def _build(
 ) -> None:
     """Make the table."""
     words = None if reader.has_tokens or reader.subwords or not options.vocabulary else _words_beside(reader)
+    if options.unknown is not None and not (words or (options.vocabulary and reader.has_tokens)):
+        raise InvalidArgument(f"unknown={options.unknown!r}: there is no vocabulary, for which it would be.")
     provenance = Provenance([*reader.files, *([words] if words else [])])
     try:
         with BulkTable(
@@ -187,10 +143,11 @@ def _build(
             _pump(reader, _Target(made, tokens), options, report, progress)
             if words and tokens is not None:
                 report.notes.append(f"the tokens are those of {words}.")
-                _append_words(tokens, words, report.rows)
+                _append_words(tokens, words, report.rows, options.limit is not None)
             if tokens is not None:
                 report.vocabulary = tokens.finish(options.unknown, _subwords(reader, report))
-            made.finish(report.num_rows, attributes={"source": _origin(reader, provenance.result(), options, report)})
+            origin = _origin(reader, provenance.result(), options, report)
+            made.finish(report.num_rows, init=normal(0.0, report.spread), attributes={"source": origin})
     finally:
         provenance.stop()
 
@@ -201,7 +158,8 @@ def _origin(
     """Where the rows came from, for the table's attributes."""
     facts = dict(reader.facts)
     if not files:  # what could be read only once was summed on the way
-        files = [{"name": os.path.basename(reader.path), "size": facts.pop("size"), "sha256": facts.pop("sha256")}]
+        name = "standard input" if reader.path == "-" else os.path.basename(reader.path)
+        files = [{"name": name, **{key: facts.pop(key) for key in ("size", "sha256") if key in facts}}]
     said = {"rows": report.rows, "normalized": options.normalize}
     return {"format": reader.format, "dtype": reader.dtype, "files": files, **said, **facts}
 
@@ -212,26 +170,28 @@ def _words_beside(reader: Source) -> str | None:
     return path if os.path.isfile(path) else None
 
 
-def _append_words(tokens: VocabBuilder, path: str, rows: int) -> None:
+def _append_words(tokens: VocabBuilder, path: str, rows: int, is_limited: bool) -> None:
     """The first `rows` tokens of a file.
 
     Raises:
-        BadSource: it has fewer.
+        BadSource: it has fewer, or (where all rows were read) more.
     """
-    left = rows
+    left, more = rows, 0
     for some in read_vocab_lines(path):
         tokens.append(some.between(0, min(left, len(some))))
+        more += max(0, len(some) - left)
         left -= min(left, len(some))
-    if left:
+    if left or (more and not is_limited):
         raise BadSource(
-            f"{path} has {rows - left} tokens, but there are {rows} rows. Leave it out with --no-vocabulary."
+            f"{path} has {rows - left + more} tokens, but there are {rows} rows. Leave it out with vocabulary=False "
+            "(--no-vocabulary)."
         )
 
 
 def _subwords(reader: Source, report: ConvertReport) -> dict[str, Any] | None:
     """How rows of subwords are found, if those rows were read."""
     if reader.subwords is not None and report.rows != reader.num_rows:
-        report.notes.append("rows of subwords were left out, so words are looked up whole, unknown ones not at all.")
+        report.notes.append("rows of subwords were left out: a word's vector is its own row, not fastText's.")
         return None
     return reader.subwords
 
@@ -255,7 +215,7 @@ def _pump(
 ) -> None:
     """Every block, from the reader to the target; fills in the report."""
     limit = np.inf if options.limit is None else options.limit
-    not_finite = 0
+    not_finite, squares = 0, 0.0
     for block in reader.blocks():
         count = int(min(len(block.values_MD), limit - report.rows))
         values_MD = block.values_MD[:count]
@@ -264,14 +224,18 @@ def _pump(
             unit_MD = np.empty_like(values_MD)
             threads.run(normalize_rows, count, values_MD, unit_MD, grain=256)
             values_MD = unit_MD
+        squares += sum(threads.run(sum_of_squares, count, values_MD, grain=256))
         if target is not None:
             target.append(values_MD, None if block.tokens is None else block.tokens.between(0, count))
         report.rows += count
+        check_rows(reader, options, report.rows)
         if progress is not None:
             progress(reader.done_bytes, reader.total_bytes)
         if report.rows >= limit:
             break
     report.num_rows = _num_rows(reader, options, report.rows)
+    # Rounded, so that it does not show in which order threads added.
+    report.spread = float(f"{math.sqrt(squares / max(1, report.rows - not_finite) / reader.dim):.3g}")
     if not_finite:
         report.notes.append(f"{not_finite:,} rows hold NaN or infinity; they are kept as they are.")
     if target is not None and target.tokens is not None:
@@ -284,6 +248,4 @@ def _num_rows(reader: Source, options: ConvertOptions, read: int) -> int:
     """V of the table."""
     if read == 0:
         raise BadSource(f"{reader.path} holds no rows that can be read; at least one was expected.")
-    if options.rows is not None and options.rows < read:
-        raise InvalidArgument(f"{reader.path} has at least {read} rows, more than rows={options.rows}. Use limit too.")
     return max(read, options.rows or 0)

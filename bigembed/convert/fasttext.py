@@ -213,9 +213,8 @@ class FastTextSource(AheadSource):
         }
         if buckets:
             self.notes.append(
-                f"{self._words} rows of words are followed by {self.num_rows - self._words} rows of character n-grams. "
-                "A word's vector is the mean of its row and its n-grams' rows: embed() composes it, also for unknown "
-                "words."
+                f"{self._words} rows of words are followed by {self.num_rows - self._words} rows of character n-grams; "
+                "a word's vector is the mean of its row and its n-grams' rows."
             )
         if labels:
             self.notes.append(f"{labels} labels were left out: they have no rows in the input matrix.")

@@ -1,5 +1,6 @@
 """The formats that can be read: recognised by their bytes, opened by their readers."""
 
+import difflib
 import importlib
 import os
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from bigembed.convert.source import ReadOptions, Source
 from bigembed.convert.stream import ByteStream
 from bigembed.convert.text_shape import looks_like
-from bigembed.errors import BadSource, UnknownFormat
+from bigembed.errors import BadSource, InvalidArgument, UnknownFormat
 
 HEAD_BYTES = 4096
 STREAM_HEAD_BYTES = 64 << 10
@@ -30,6 +31,7 @@ BINARY_READERS = {
 STREAM_READERS = {"word2vec_binary": ("word2vec-binary",), "text": ("word2vec-text", "glove")}
 READERS = {**BINARY_READERS, **STREAM_READERS}
 FORMATS = tuple(format for formats in READERS.values() for format in formats)
+WITHOUT_NAMES = ("npy", "fasttext", "finalfusion", "magnitude", "spacy", *STREAM_READERS["text"], "word2vec-binary")
 
 
 def open_source(path: str, format: str | None, options: ReadOptions) -> Source:
@@ -40,17 +42,26 @@ def open_source(path: str, format: str | None, options: ReadOptions) -> Source:
             known format. BadSource: the file contradicts itself. MissingLibrary: the format needs a library.
     """
     if format is not None and format not in FORMATS:
-        raise UnknownFormat(f"there is no format {format!r}; use one of {', '.join(FORMATS)}.")
+        close = difflib.get_close_matches(format, FORMATS) or [known for known in FORMATS if known.startswith(format)]
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise UnknownFormat(f"there is no format {format!r}; use one of {', '.join(FORMATS)}.{hint}")
     if path != "-" and not os.path.exists(path):
         raise FileNotFoundError(f"{path} does not exist.")
     if os.path.isfile(path) or os.path.isdir(path):  # a pipe's first bytes would be gone
         head = _head(path)
+        is_for_folders = format in ("huggingface", "spacy")
+        if format is not None and is_for_folders != os.path.isdir(path):
+            kind = "a folder" if is_for_folders else "a file"
+            raise UnknownFormat(f"{path} cannot be of the format {format}, which is that of {kind}.")
         for name, formats in BINARY_READERS.items():
             if format is None or format in formats:
                 reader = _reader(name)
                 found = reader.recognise(head, path) if format is None else format
                 if found is not None:
+                    _check_tensor(found, options)
                     return reader.open_source(path, found, options)
+        if os.path.isfile(os.path.join(path, "zarr.json")):
+            raise UnknownFormat(f"{path} is a table already. Use bigembed copy, or bigembed export.")
         if os.path.isdir(path):
             raise UnknownFormat(
                 f"{path} is a folder, but no Hugging Face model (config.json beside *.safetensors or "
@@ -71,6 +82,7 @@ def _open_stream(path: str, format: str | None, options: ReadOptions) -> Source:
             reader = _reader(name)
             found = format if format in formats else reader.recognise(head, path) if format is None else None
             if found is not None:
+                _check_tensor(found, options)
                 return reader.open_source(stream, found, options)
         _refuse_packed(path, head)
         raise UnknownFormat(
@@ -83,11 +95,17 @@ def _open_stream(path: str, format: str | None, options: ReadOptions) -> Source:
 
 
 def _refuse_packed(path: str, head: bytes) -> None:
-    """Binary formats are read where they lie, so they cannot be read through a compression."""
+    """Binary formats are read where they lie, so they cannot be read through a compression or a pipe."""
     for name in BINARY_READERS:
         found = _reader(name).recognise(head, path)
         if found is not None:
-            raise UnknownFormat(f"{path} holds a compressed {found} file. Unpack it first, then convert that.")
+            remedy = "Unpack it" if os.path.isfile(path) else "It cannot be read through a pipe: save it to a file"
+            raise UnknownFormat(f"{path} holds data in the format {found}. {remedy} first, then convert that.")
+
+
+def _check_tensor(format: str, options: ReadOptions) -> None:
+    if options.tensor is not None and format in WITHOUT_NAMES:
+        raise InvalidArgument(f"tensor={options.tensor!r}: {format} files hold one table without a name. Leave it out.")
 
 
 def _head(path: str) -> bytes:

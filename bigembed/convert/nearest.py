@@ -4,7 +4,7 @@ A float32 matrix product finds the rows of a block that could be among the neare
 these the cosine is computed in float64. So the answer is that of a slow exact search, whatever library multiplies.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from bigembed.errors import InvalidArgument
 from bigembed.kernels.cosine import cosine, unit_rows
 from bigembed.storage.rows import checked_rows
 from bigembed.storage.table import Table
+from bigembed.vocab.vectors import composes_words, word_vectors
+from bigembed.vocab.vocabulary import Vocabulary
 
 BLOCK_BYTES = 8 << 20  # of rows read at once; about four times this is in use
 GRAIN_NUMBERS = 1 << 15  # below this many a second thread is not worth it
@@ -28,6 +30,7 @@ def nearest(
     count: int = 10,
     *,
     exclude_rows: Sequence[int] | np.ndarray | None = None,
+    vocabulary: Vocabulary | None = None,
     progress: Progress | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The `count` rows with the largest cosine similarity to each query, by an exact search of the whole table.
@@ -39,6 +42,8 @@ def nearest(
         queries_QD: float32 (Q, D).
         count: how many to find.
         exclude_rows: rows never to find, such as the queries' own.
+        vocabulary: the table's; of one that composes words of subwords (fastText) the words' vectors are compared, and
+            only the rows of words are found.
         progress: called with the rows looked at so far, and the table's number of rows.
 
     Returns:
@@ -64,14 +69,25 @@ def nearest(
         raise InvalidArgument(f"count must be an integer of at least 1, not {count!r}.")
     excluded_X = np.unique(checked_rows([] if exclude_rows is None else exclude_rows, num_rows))
     search = _Search(queries_QD, min(int(count), num_rows))
+    seen, total = 0, num_rows
+    blocks = _rows(table)
+    if vocabulary is not None and composes_words(vocabulary):
+        blocks, total = ((row_M, vectors) for _, row_M, vectors in word_vectors(table, vocabulary)), len(vocabulary)
+    for row_M, values_MD in blocks:
+        search.look_at(row_M, values_MD, np.flatnonzero(np.isin(row_M, excluded_X)))
+        seen += len(row_M)
+        if progress is not None:
+            progress(seen, total)
+    return search.result()
+
+
+def _rows(table: Table) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows, their weights), all of them in order."""
+    num_rows, dim = table.shape
     step = max(1, BLOCK_BYTES // (4 * dim))
     for start in range(0, num_rows, step):
-        stop = min(start + step, num_rows)
-        values_MD = table.read(np.arange(start, stop))
-        search.look_at(start, values_MD, excluded_X[(start <= excluded_X) & (excluded_X < stop)] - start)
-        if progress is not None:
-            progress(stop, num_rows)
-    return search.result()
+        row_M = np.arange(start, min(start + step, num_rows))
+        yield row_M, table.read(row_M)
 
 
 def _checked_queries(queries_QD: Any, dim: int) -> np.ndarray:
@@ -108,8 +124,8 @@ class _Search:
         self._grain = max(1, GRAIN_NUMBERS // dim)
         self._unit_MD = np.empty((0, dim), np.float32)
 
-    def look_at(self, first: int, values_MD: np.ndarray, excluded_X: np.ndarray) -> None:
-        """Take the rows first, first + 1, ... into account, but for some positions."""
+    def look_at(self, row_M: np.ndarray, values_MD: np.ndarray, excluded_X: np.ndarray) -> None:
+        """Take these rows into account, but for some positions."""
         rows = len(values_MD)
         if len(self._unit_MD) < rows:
             self._unit_MD = np.empty_like(values_MD)
@@ -122,9 +138,9 @@ class _Search:
             about_QM = self._unit_QD[q : q + step] @ unit_MD.T
             about_QM[:, unusable_X] = -np.inf
             for query, about_M in enumerate(about_QM, q):
-                self._merge(query, first, values_MD, about_M)
+                self._merge(query, row_M, values_MD, about_M)
 
-    def _merge(self, q: int, first: int, values_MD: np.ndarray, about_M: np.ndarray) -> None:
+    def _merge(self, q: int, row_M: np.ndarray, values_MD: np.ndarray, about_M: np.ndarray) -> None:
         """Rows whose approximate similarity could be good enough take their place by the exact one."""
         count = self._row_QC.shape[1]
         index_K = np.flatnonzero(about_M >= max(self._similarity_QC[q, -1] - self._margin, -2.0))
@@ -137,7 +153,7 @@ class _Search:
         exact_K = np.empty(len(index_K), np.float32)
         threads.run(cosine, len(index_K), values_MD, index_K, self._queries_QD[q], exact_K, grain=self._grain)
         similarity = np.concatenate([self._similarity_QC[q], exact_K])
-        row = np.concatenate([self._row_QC[q], first + index_K])
+        row = np.concatenate([self._row_QC[q], row_M[index_K]])
         best_C = np.lexsort((row, -similarity))[:count]
         self._similarity_QC[q], self._row_QC[q] = similarity[best_C], row[best_C]
 

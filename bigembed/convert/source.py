@@ -32,12 +32,15 @@ class ReadOptions:
     Args:
         dim: the number of columns, where the file leaves it open.
         tensor: which tensor, dataset, array or column holds the rows, where there are several.
-        skip_bad_lines: leave lines out that cannot be read, instead of stopping at the first.
+        skip_bad_lines: leave lines out that cannot be read, instead of stopping at the first; and take what rows there
+            are where a header says another number.
+        limit: nobody will ask for more rows, so what comes behind them need not be read, nor be sound.
     """
 
     dim: int | None = None
     tensor: str | None = None
     skip_bad_lines: bool = False
+    limit: int | None = None
 
 
 @dataclass

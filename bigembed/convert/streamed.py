@@ -24,11 +24,12 @@ class StreamedSource(Source):
 
     Attributes:
         stream: what is read. offset: bytes of it taken before the first item.
-        promised: items that the header promises; what follows them is left out. None without a header.
+        promised: items that the header promises; None without a header.
+        wanted: items to take: as promised, or the user's limit if that is less; None for all there are.
         taken: items so far.
     """
 
-    def __init__(self, stream: ByteStream, format: str, window_bytes: int = WINDOW_BYTES) -> None:
+    def __init__(self, stream: ByteStream, format: str, options: ReadOptions, window_bytes: int = WINDOW_BYTES) -> None:
         super().__init__(stream.path, format)
         self.stream = stream
         self.files = self.files if stream.can_be_read_again else []
@@ -36,6 +37,10 @@ class StreamedSource(Source):
         self.has_tokens = True
         self.offset = 0
         self.promised: int | None = None
+        # Lines that are skipped count as taken, so with them the limit is left to whoever asks for blocks.
+        self.wanted: int | None = options.limit if not options.skip_bad_lines else None
+        self._is_limited = self.wanted is not None
+        self._may_differ = options.skip_bad_lines
         self.taken = 0
         self._window_bytes = window_bytes
         self._ahead: ReadAhead | None = None
@@ -54,6 +59,8 @@ class StreamedSource(Source):
     def set_promised(self, count: int, item_bytes: int) -> None:
         """Set V; a number that the file has no room for, at `item_bytes` or more each, is not told as `num_rows`."""
         self.promised = count
+        self._is_limited = self.wanted is not None and self.wanted <= count
+        self.wanted = count if self.wanted is None else min(count, self.wanted)
         is_plain_file = self.total_bytes is not None and self.stream.compression is None
         self.num_rows = None if is_plain_file and count * item_bytes > (self.total_bytes or 0) else count
 
@@ -66,7 +73,7 @@ class StreamedSource(Source):
 
     @property
     def is_full(self) -> bool:
-        return self.promised is not None and self.taken >= self.promised
+        return self.wanted is not None and self.taken >= self.wanted
 
     def space_for(self, rows: int) -> np.ndarray:
         """float32 (rows, D), the same memory each time."""
@@ -85,18 +92,24 @@ class StreamedSource(Source):
                 if self.is_full or window.is_last:
                     break
                 window = self._ahead.next()
-            if self.is_full:
-                self._leave_out(window, self._ahead)
-            else:
+            if not self.is_full:
                 self.finish(window)
+            elif not self._is_limited:
+                self._look_behind(window, self._ahead)
         finally:
             self._ahead.close()
         self.done_bytes = self.stream.done_bytes
         if self.stream.sha256 is not None:
             self.facts |= {"size": self.stream.done_bytes, "sha256": self.stream.sha256}
 
-    def _leave_out(self, window: Window, ahead: ReadAhead) -> None:
-        """Read what follows the last row, to its end, and say how much that is."""
+    def wrong_count(self, where: str, problem: str) -> None:
+        """The header's number of rows is wrong: an error, or a note where the user takes what there is."""
+        if not self._may_differ:
+            raise self.bad(where, f"{problem} To take the rows all the same, use skip_bad_lines (--skip-bad-lines).")
+        self.notes.append(problem)
+
+    def _look_behind(self, window: Window, ahead: ReadAhead) -> None:
+        """Read what follows the last row that was promised; there should be nothing."""
         first, count, is_blank = window.offset, 0, True
         while True:
             count += len(window)
@@ -106,10 +119,8 @@ class StreamedSource(Source):
             window.use(window.stop)
             window = ahead.next()
         if not is_blank:
-            self.notes.append(
-                f"The header says {self.promised:,} rows; the {count:,} bytes that follow them, from byte {first} on, "
-                "were left out."
-            )
+            problem = f"the header says {self.promised:,} rows, but {count:,} bytes follow them."
+            self.wrong_count(f"byte {first}", problem)
 
     def close(self) -> None:
         if self._ahead is not None:

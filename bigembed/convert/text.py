@@ -41,7 +41,7 @@ class TextSource(StreamedSource):
     """
 
     def __init__(self, stream: ByteStream, format: str, options: ReadOptions, window_bytes: int = WINDOW_BYTES) -> None:
-        super().__init__(stream, format, window_bytes)
+        super().__init__(stream, format, options, window_bytes)
         self.dtype = "text"
         self._options = options
         self._line = 1  # the number of the next one
@@ -99,7 +99,7 @@ class TextSource(StreamedSource):
             if count == 0:
                 break
             batch = LineBatch(window.buffer_B, start_L[:count], stop_L[:count], self.dim, self.space_for)
-            used = count if self.promised is None else batch.limit(self.promised - self.taken)
+            used = count if self.wanted is None else batch.limit(self.wanted - self.taken)
             self.taken += len(batch.lines)
             self._settle(batch, window)
             window.use(int(stop_L[used - 1]) + 1)
@@ -128,7 +128,8 @@ class TextSource(StreamedSource):
             except BadLine as problem:
                 place = self._place(line, window.offset + int(batch.start_L[line]) - window.start)
                 if not self._options.skip_bad_lines:
-                    raise self.bad(place, f"{problem}. To leave out such lines, use skip_bad_lines.") from None
+                    advice = "To leave such lines out, use skip_bad_lines (--skip-bad-lines)."
+                    raise self.bad(place, f"{problem}. {advice}") from None
                 self.skipped.add(self.bad(place, f"{problem}."))
 
     def _settle_line(self, batch: LineBatch, line: int, is_unended: bool) -> None:
@@ -143,4 +144,5 @@ class TextSource(StreamedSource):
         if self.promised is not None:
             if self.taken == 0:
                 raise self.bad("line 2", f"the header says {self.promised:,} rows, but nothing follows it.")
-            self.notes.append(f"The header says {self.promised:,} rows, but the file has {self.taken:,}.")
+            problem = f"the header says {self.promised:,} rows, but the file has {self.taken:,}."
+            self.wrong_count(self._place(0, rest.offset + len(rest)), problem)

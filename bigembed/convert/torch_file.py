@@ -86,7 +86,8 @@ def load_tensors(path: str, warn: bool = False) -> dict[str, Any]:
         reason = re.sub(r"\s+", " ", str(error))[:300]
         raise BadSource(
             f"{path}: torch cannot load it as weights; it is cut off or damaged, or holds other objects than tensors "
-            f"and dictionaries (which are never unpickled): {type(error).__name__}: {reason}"
+            "and dictionaries, which are never unpickled. Of a whole model, save model.state_dict() instead. Torch "
+            f"says: {type(error).__name__}: {reason}"
         ) from error
     return dict(_named_tensors(loaded))
 

@@ -52,7 +52,7 @@ class Word2vecBinarySource(StreamedSource):
     """The rows of a file as word2vec.c, gensim or GoogleNews have it, with or without line feeds between them."""
 
     def __init__(self, stream: ByteStream, options: ReadOptions, window_bytes: int = WINDOW_BYTES) -> None:
-        super().__init__(stream, "word2vec-binary", window_bytes)
+        super().__init__(stream, "word2vec-binary", options, window_bytes)
         head = stream.head(HEAD_BYTES)
         header = text_shape.read_header(head)
         if header is None:
@@ -68,10 +68,10 @@ class Word2vecBinarySource(StreamedSource):
 
     def blocks_of(self, window: Window) -> Iterator[Block]:
         """The whole records of a window, in blocks."""
-        assert self.promised is not None
+        assert self.wanted is not None
         most = max(1, BLOCK_BYTES // self._vector_bytes)
         while not self.is_full:
-            room = min(self.promised - self.taken, most, 1 + len(window) // self._vector_bytes)
+            room = min(self.wanted - self.taken, most, 1 + len(window) // self._vector_bytes)
             start_M, stop_M = np.empty(room, np.int64), np.empty(room, np.int64)
             count, rest, wrong_at = find_records(
                 window.buffer_B, window.start, window.stop, self._vector_bytes, start_M, stop_M
@@ -105,4 +105,5 @@ class Word2vecBinarySource(StreamedSource):
                 f"the file ends in row {self.taken} of {self.promised:,}, after {len(left)} bytes of its token, a "
                 f"space and {self._vector_bytes} bytes of numbers.",
             )
-        self.notes.append(f"The header says {self.promised:,} rows, but the file has {self.taken:,}.")
+        problem = f"the header says {self.promised:,} rows, but the file has {self.taken:,}."
+        self.wrong_count(f"byte {rest.offset + len(rest)}", problem)

@@ -1,4 +1,4 @@
-"""What a converter does to rows on their way: unit length, and a count of those that hold NaN or infinity."""
+"""What a converter does to rows on their way: unit length, their spread, those that hold NaN or infinity."""
 
 import math
 
@@ -32,3 +32,17 @@ def count_not_finite(start, stop, values_MD):
         if worst == exponent:
             count += 1
     return count
+
+
+@nb.njit(nogil=True, cache=True)
+def sum_of_squares(start, stop, values_MD):
+    """The squares of all values, in float64; rows that hold a NaN or an infinity are left out."""
+    total = 0.0
+    for m in range(start, stop):
+        of_row = 0.0
+        for d in range(values_MD.shape[1]):
+            value = np.float64(values_MD[m, d])
+            of_row += value * value
+        if of_row < np.inf:
+            total += of_row
+    return total

@@ -27,10 +27,9 @@ def map_find(start, stop, rows_M, key_C, place_C, out_M):
 
 
 @nb.njit(nogil=True, cache=True)
-def map_put(rows_M, places_M, key_C, place_C, old_M):
-    """Set the place of each row, later entries winning; old_M gets the place before, or -1. Returns rows added."""
+def map_put(rows_M, places_M, key_C, place_C, count_1, old_M):
+    """Set the place of each row, later entries winning; old_M gets the place before, or -1. count_1 counts the rows."""
     mask = key_C.shape[0] - 1
-    added = 0
     for m in range(rows_M.shape[0]):
         row = rows_M[m]
         at = _home(row, mask)
@@ -41,6 +40,5 @@ def map_put(rows_M, places_M, key_C, place_C, old_M):
         else:
             old_M[m] = -1
             key_C[at] = row
-            added += 1
+            count_1[0] += 1
         place_C[at] = places_M[m]
-    return added

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from bigembed import threads
-from bigembed.errors import InvalidArgument, TableClosed
+from bigembed.errors import ForkedTable, InvalidArgument, TableClosed
 from bigembed.init import InitialValues
 from bigembed.kernels.records import check_keys
 from bigembed.kernels.sealing import clear_unwritten, seal_next
-from bigembed.spec import MAX_ROWS, StateColumns, TableSpec
+from bigembed.spec import MAX_ROWS, StateColumns, TableSpec, default_chunk_rows
 from bigembed.storage.aside import Aside
 from bigembed.storage.chunk_writer import ChunkWriter
 from bigembed.storage.create import absolute_path, checked_attributes, checked_integer, checked_json, new_spec
@@ -89,7 +89,9 @@ class BulkTable:
             padding_idx=padding_idx,
             attributes=checked_attributes(attributes),
         )
+        self._pid = os.getpid()
         self._num_rows = None if num_rows is None else int(num_rows)
+        self._may_shrink = chunk_rows is None
         self._next_row = 0
         self._keys_W = check_keys(self._spec)
         self._state_K = np.array(self._spec.state_initial, np.float32).view(np.uint32)
@@ -177,6 +179,11 @@ class BulkTable:
 
     def _check_rows(self, count: int) -> None:
         most = MAX_ROWS if self._num_rows is None else self._num_rows
+        if self._pid != os.getpid():
+            raise ForkedTable(
+                f"{self._aside.path} is being written by process {self._pid}; this forked child ({os.getpid()}) may "
+                "not. Write it there, or make a table of its own in the child."
+            )
         if not self._end.alive:
             raise TableClosed(f"{self._aside.path}: this BulkTable was finished or given up. Start with a new one.")
         if count < 0 or self._next_row + count > most:
@@ -221,40 +228,52 @@ class BulkTable:
         *,
         scalars: dict[str, Any] | None = None,
         payload: Any = None,
+        init: InitialValues | None = None,
         attributes: dict[str, Any] | None = None,
     ) -> None:
-        """Make the table durable and move it to its path. When that fails, everything is removed.
+        """Make the table durable and move it to its path. When that fails, everything is removed, with one exception.
+
+        The table appears by a rename, whole. If only what comes after that fails (the sync of the folder around it),
+        StorageFailed says so: the table stands at its path, but its name may not survive a power cut.
 
         Any Zarr reader sees exactly the table if every row was written.
 
         Args:
             num_rows: V, at least `next_row`; by default what the constructor was given, or `next_row`.
             note, payload, scalars: of the first generation, number 0.
-            attributes: more of them, known only now.
+            init, attributes: what rows hold that are not written, and more attributes, where they are known only now.
 
         Raises:
             InvalidArgument: V is 0, or less than the rows there are. TableExists: somebody else made the path.
+            StorageFailed, DiskFull: see above. ForkedTable: this is a forked child.
         """
         self._check_rows(0)
-        spec = self._final_spec(num_rows, attributes)
+        spec = self._final_spec(num_rows, init, attributes)
         birth = Commit(0, 0, spec.num_rows, str(note), time.time(), True, dict(scalars or {}), payload)
         checked_json("payload", payload)
         with self._whole():
             self._pass_on()
             self._wait(1)
-            self._chunks.finish()
+            self._chunks.finish(spec)
             superblock = Superblock.fresh(spec.num_chunks, birth)
             for chunk, (written, total) in self._chunks.sums.items():
                 superblock.written_C[chunk], superblock.sums_C[chunk] = written, total
             self._aside.place(spec, superblock, plain=int(superblock.written_C.sum()) == spec.num_rows)
         self._end()
 
-    def _final_spec(self, num_rows: int | None, attributes: dict[str, Any] | None) -> TableSpec:
+    def _final_spec(
+        self, num_rows: int | None, init: InitialValues | None, attributes: dict[str, Any] | None
+    ) -> TableSpec:
         given = num_rows if num_rows is not None else self._num_rows
         rows = self._next_row if given is None else checked_integer("num_rows", given)
         if rows < self._next_row:
             raise InvalidArgument(f"num_rows={rows} is less than the {self._next_row} rows that were appended.")
-        return replace(self._spec, num_rows=rows, attributes=checked_attributes(self._spec.attributes, attributes))
+        attributes = checked_attributes(self._spec.attributes, attributes)
+        chunk_rows = self._spec.chunk_rows
+        if self._may_shrink and 0 < rows <= chunk_rows:  # V was open, and the table is small: so is its file
+            chunk_rows = min(chunk_rows, default_chunk_rows(rows, self._spec.record_bytes))
+        init = init or self._spec.init
+        return replace(self._spec, num_rows=rows, chunk_rows=chunk_rows, init=init, attributes=attributes)
 
     def abandon(self) -> None:
         """Remove everything; does nothing after `finish`. Safe to repeat."""

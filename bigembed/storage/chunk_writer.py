@@ -1,5 +1,6 @@
 """ChunkWriter: the chunk files of a new table, written once, in row order, with holes where no row was written."""
 
+import contextlib
 import os
 import threading
 from collections import deque
@@ -29,6 +30,7 @@ class ChunkWriter:
     def __init__(self, folder: str, spec: TableSpec) -> None:
         self._folder = folder
         self._spec = spec
+        self._pid = os.getpid()
         self._mutex = threading.RLock()  # held while writing: whoever gives up waits
         self._file: files.File | None = None
         self._chunk = -1
@@ -92,20 +94,34 @@ class ChunkWriter:
             file.forget_pages()
         self._unsynced.popleft().close()
 
-    def finish(self) -> None:
-        """Everything written is on stable storage, but for the folder's entries."""
+    def finish(self, spec: TableSpec) -> None:
+        """Everything written is on stable storage, but for the folder's entries.
+
+        Args:
+            spec: as it is in the end; its chunks may be smaller where there is one alone.
+        """
         with self._mutex:
+            if self._file is not None and spec.chunk_rows < self._spec.chunk_rows:
+                self._file.truncate(spec.chunk_bytes)
             self._end_chunk()
             while self._unsynced:
                 self._sync_first()
             self.is_closed = True
 
     def close(self) -> None:
-        """Give up: what comes later is ignored."""
+        """Give up: what comes later is ignored. A forked child closes its copies of the descriptors."""
+        if self._pid != os.getpid():
+            # Whoever held the mutex does not exist here, and may have been closing one of the files.
+            with contextlib.suppress(OSError):
+                self._close_files()
+            return
         with self._mutex:
-            self.is_closed = True
-            for file in (self._file, *self._unsynced):
-                if file is not None:
-                    file.close()
-            self._file = None
-            self._unsynced.clear()
+            self._close_files()
+
+    def _close_files(self) -> None:
+        self.is_closed = True
+        for file in (self._file, *self._unsynced):
+            if file is not None:
+                file.close()
+        self._file = None
+        self._unsynced.clear()

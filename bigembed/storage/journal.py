@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from bigembed import threads
-from bigembed.errors import DamagedTable, StorageFailed
+from bigembed.errors import DamagedTable
 from bigembed.kernels.records import check_keys, first_damaged
 from bigembed.spec import TableSpec
 from bigembed.storage import files
@@ -132,10 +132,11 @@ class Journal:
 
     def _index(self, rows_M: np.ndarray, first_place: int) -> None:
         places_M = first_place + np.arange(len(rows_M), dtype=np.int64) * self._spec.record_bytes
-        old_M = self.active.index.put(rows_M, places_M)
+        old_M = self.active.index.find(rows_M)
         kept = (old_M != NOWHERE) & (old_M < self.retained_place)
-        if kept.any():
+        if kept.any():  # first: a Ctrl-C between the two must not lose where the retained ones are
             self.active.superseded.put(rows_M[kept], old_M[kept])
+        self.active.index.put(rows_M, places_M)
 
     def _note_commit(self, commit: Commit, place: int) -> None:
         self.head = commit
@@ -187,6 +188,7 @@ class Journal:
         self._behind.settle()
         writer = self._open_writer()
         before = writer.end
+        self.has_uncommitted = True
         offset = writer.append_rows(rows_M, records_MW, check_sum)
         self._took(writer, before, rows_M, offset)
 
@@ -198,12 +200,12 @@ class Journal:
         self._behind.make_room()
         writer = self._open_writer()
         before = writer.end
+        self.has_uncommitted = True
         offset = writer.reserve_rows(len(rows_M))
         self._behind.put(writer, rows_M, values_ME, before, place_of(writer.sequence, offset))
         self._took(writer, before, rows_M, offset)
 
     def _took(self, writer: SegmentWriter, before: int, rows_M: np.ndarray, offset: int) -> None:
-        self.has_uncommitted = True
         self.active.disk_bytes += writer.end - before
         self._index(rows_M, place_of(writer.sequence, offset))
 
@@ -214,16 +216,25 @@ class Journal:
         before = writer.end
         if self.has_uncommitted:
             self._sync(writer)
-        writer.append_commit(commit)
+        try:
+            writer.append_commit(commit)
+        except Exception:
+            raise  # nothing of it counts, and the next one goes to the same place
+        except BaseException:  # Ctrl-C: it may be there whole
+            self.is_poisoned = True
+            raise
         self._sync(writer)
         self.active.disk_bytes += writer.end - before
         self._note_commit(commit, place_of(writer.sequence, writer.end))
 
     def _sync(self, writer: SegmentWriter) -> None:
-        """Sync; a failure poisons: the kernel may have dropped the pages and call the next sync a success."""
+        """Sync; a failure poisons: the kernel may have dropped the pages and call the next sync a success.
+
+        So does Ctrl-C: a commit record may be there that nobody knows of, and its number must not be used again.
+        """
         try:
             writer.file.sync()
-        except StorageFailed:
+        except BaseException:
             self.is_poisoned = True
             raise
 
@@ -234,6 +245,7 @@ class Journal:
             self._files[sequence] = self._writer.file
             self.active.sequences.append(sequence)
             self.active.disk_bytes += self._writer.end
+        self._writer.take_back(self._behind.end)  # a frame that was reserved and, after a Ctrl-C, never noted
         return self._writer
 
     # -- merging --------------------------------------------------------------------------------------------
@@ -325,7 +337,12 @@ class Journal:
         return checked
 
     def close(self) -> None:
-        self._behind.wait()
+        try:
+            self._behind.wait()
+        finally:
+            self._close_files()
+
+    def _close_files(self) -> None:
         for file in self._files.values():
             file.close()
         self._files.clear()

@@ -34,12 +34,14 @@ def release(store: RecordStore, lock: WriterLock | None, pid: int, is_temporary:
     """Close files and give the lock up; in a forked child nothing is touched."""
     if pid != os.getpid():
         return
-    store.close()
-    if is_temporary:
-        shutil.rmtree(path, ignore_errors=True)
-        files.sync_again(path)
-    if lock is not None:
-        lock.release()
+    try:
+        store.close()
+    finally:  # a Ctrl-C must not leave it locked
+        if is_temporary:
+            shutil.rmtree(path, ignore_errors=True)
+            files.sync_again(path)
+        if lock is not None:
+            lock.release()
 
 
 def _close_all() -> None:

@@ -27,47 +27,60 @@ class RowIndex:
     """
 
     def __init__(self) -> None:
-        self._allocate(1024)
+        self._map = _empty_map(1024)
 
-    def _allocate(self, capacity: int) -> None:
-        self._key_C = np.full(capacity, -1, np.int64)
-        self._place_C = np.zeros(capacity, np.int64)
-        self._count = 0
+    @property
+    def _keys(self) -> np.ndarray:
+        return self._map[0]
+
+    @property
+    def _places(self) -> np.ndarray:
+        return self._map[1]
 
     def __len__(self) -> int:
-        return self._count
+        return int(self._map[2][0])
 
     @property
     def memory_bytes(self) -> int:
-        return self._key_C.nbytes + self._place_C.nbytes
+        return self._keys.nbytes + self._places.nbytes
 
     def find(self, rows_M: np.ndarray) -> np.ndarray:
         """int64 places, NOWHERE for rows that are not in the index."""
         out_M = np.empty(len(rows_M), np.int64)
-        if self._count == 0:
+        if len(self) == 0:
             out_M.fill(NOWHERE)
         else:
-            threads.run(map_find, len(rows_M), rows_M, self._key_C, self._place_C, out_M)
+            threads.run(map_find, len(rows_M), rows_M, self._keys, self._places, out_M)
         return out_M
 
     def put(self, rows_M: np.ndarray, places_M: np.ndarray) -> np.ndarray:
         """Set the places; returns the places before (NOWHERE for rows new to the index)."""
-        needed = (self._count + len(rows_M)) / MAX_FILL
-        if needed > len(self._key_C):
-            rows, places = self.items()
-            self._allocate(1 << int(np.ceil(np.log2(needed))))
-            self._count = map_put(rows, places, self._key_C, self._place_C, np.empty(len(rows), np.int64))
+        needed = (len(self) + len(rows_M)) / MAX_FILL
+        if needed > len(self._keys):
+            self._map = self._grown(1 << int(np.ceil(np.log2(needed))))
         old_M = np.empty(len(rows_M), np.int64)
-        self._count += map_put(rows_M, places_M, self._key_C, self._place_C, old_M)
+        map_put(rows_M, places_M, *self._map, old_M)
         return old_M
+
+    def _grown(self, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same map with more room, made aside."""
+        rows, places = self.items()
+        grown = _empty_map(capacity)
+        map_put(rows, places, *grown, np.empty(len(rows), np.int64))
+        return grown
 
     def items(self) -> tuple[np.ndarray, np.ndarray]:
         """(rows, places), in no order."""
-        used = self._key_C >= 0
-        return self._key_C[used], self._place_C[used]
+        used = self._keys >= 0
+        return self._keys[used], self._places[used]
 
     def sorted_items(self) -> tuple[np.ndarray, np.ndarray]:
         """(rows ascending, places)."""
         rows, places = self.items()
         order = np.argsort(rows)
         return rows[order], places[order]
+
+
+def _empty_map(capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(key_C, place_C, count_1). The count is the kernel's, as a Ctrl-C may come between a kernel and its caller."""
+    return np.full(capacity, -1, np.int64), np.zeros(capacity, np.int64), np.zeros(1, np.int64)

@@ -87,6 +87,7 @@ class SegmentWriter:
 
         With `records_first` they are durable before the head is written: then a valid head vouches for them.
         """
+        assert self.written == self.end, "frames before this one are reserved and not written"
         records_offset = self.reserve_rows(len(rows_M))
         try:
             self.write_rows(rows_M, records_MW, check_sum, records_first)
@@ -94,6 +95,10 @@ class SegmentWriter:
             self.end = self.written
             raise
         return records_offset
+
+    def take_back(self, end: int | None) -> None:
+        """Forget what was reserved behind `end`, or what is not written; whoever reserved it has given it up."""
+        self.end = self.written if end is None else end
 
     def reserve_rows(self, count: int) -> int:
         """The next frame is of so many rows, and will be written by `write_rows`; the offset of its first record."""
@@ -126,6 +131,7 @@ class SegmentWriter:
         self._advance(self.end + FRAME_BYTES + len(ids), chain)
 
     def append_commit(self, commit: Commit) -> None:
+        assert self.written == self.end, "frames before this one are reserved and not written"
         text = json.dumps(commit.to_json()).encode()
         head, chain = self._frame_head(COMMIT, len(text), 0, text)
         whole = (head + text).ljust(_padded(len(head) + len(text)), b"\0")

@@ -256,7 +256,8 @@ class RecordStore:
         for start in range(0, len(rows_M), step):
             rows, values = rows_M[start : start + step], values_ME[start : start + step]
             if values.nbytes >= BEHIND_BYTES:
-                self.journal.append_behind(rows, values)
+                is_part = len(rows) < len(rows_M)  # a view would keep the whole array in memory
+                self.journal.append_behind(rows, values.copy() if is_part else values)
                 continue
             records_MW = self._stage(len(rows))
             sums = threads.run(seal, len(rows), rows, values, self.keys_W, records_MW)
@@ -322,6 +323,7 @@ class RecordStore:
         return not self.is_sound or self.journal.is_poisoned
 
     def close(self) -> None:
+        self.is_sound = False  # what is in memory is no longer what is on disk: `load` comes before anything else
         for part in (self.__dict__.get(name) for name in ("journal", "base", "undo", "tokens")):
             if part is not None:
                 part.close()

@@ -221,6 +221,8 @@ def _fold(state: int, x: int) -> int:
 
 def _hashes(tokens: Any) -> np.ndarray:
     """uint64: the hash of each token; ids are their own."""
+    if isinstance(tokens, np.ndarray) and tokens.dtype.kind in "USO":
+        tokens = tokens.reshape(-1).tolist()
     if isinstance(tokens, np.ndarray) or hasattr(tokens, "detach"):
         return _integers(tokens).reshape(-1).view(np.uint64)
     packed = PackedTokens.of(tokens)

@@ -1,6 +1,6 @@
 """From tokens to vectors: a token's own row, or the mean of its word's and subwords' rows (fastText)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numba as nb
@@ -49,6 +49,18 @@ def vectors_of_tokens(table: Table, vocabulary: Vocabulary, tokens: Tokens, unkn
         values_FD = table.read(rows_F)
         threads.run(mean_of_parts, len(some), values_FD, start_N1, out_ND[first : first + len(some)], grain=256)
     return out_ND
+
+
+def composes_words(vocabulary: Vocabulary | None) -> bool:
+    """Whether a word's vector is more than its own row, so that the table's rows are no vectors of words."""
+    return vocabulary is not None and vocabulary.subwords is not None and len(vocabulary) > 0
+
+
+def word_vectors(table: Table, vocabulary: Vocabulary) -> Iterator[tuple[PackedTokens, np.ndarray, np.ndarray]]:
+    """(words, their rows, their vectors) of a vocabulary that composes words, in order of its entries, in parts."""
+    for first in range(0, len(vocabulary), SLICE_TOKENS):
+        words, row_M = vocabulary.entries(first, min(first + SLICE_TOKENS, len(vocabulary)))
+        yield words, row_M, vectors_of_tokens(table, vocabulary, words)
 
 
 @nb.njit(nogil=True, cache=True)

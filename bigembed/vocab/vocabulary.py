@@ -70,12 +70,12 @@ class Vocabulary:
 
     @classmethod
     def open(cls, table: Table) -> "Vocabulary":
-        """The vocabulary of an open table.
+        """The vocabulary of an open table, or of a module on one.
 
         Raises:
             NoVocabulary: it has none. DamagedTable: a file is missing, or not as it was written.
         """
-        return cls(table)
+        return cls(_table_of(table))
 
     @classmethod
     def create(
@@ -90,6 +90,7 @@ class Vocabulary:
         """Give a table that has none a vocabulary; durable at once, and all or nothing.
 
         Args:
+            table: the open table, or a module on it.
             tokens: those of rows 0, 1, ...; taken in slices, so an iterator need not fit in memory.
             rows: the row of each token, where it is another one. Several tokens may have one row: the first names it.
             unknown: what `rows` gives for unknown tokens: None (an error), a row, a token (its row), HashBuckets.
@@ -99,6 +100,7 @@ class Vocabulary:
             InvalidArgument: there are more tokens than committed rows, or not as many as `rows`.
             TableExists: there is a vocabulary already.
         """
+        table = _table_of(table)
         with table.mutex:
             table.check_writable()
             num_rows = table.generations()[0].num_rows
@@ -314,3 +316,10 @@ class Vocabulary:
 def _open_to_read(path: str) -> Vocabulary:
     """What a pickled vocabulary becomes: one that sees the table's last commit, and only reads."""
     return Vocabulary.open(Table.open(path, mode="r"))
+
+
+def _table_of(given: Any) -> Table:
+    table = getattr(given, "table", given)
+    if not isinstance(table, Table):
+        raise InvalidArgument(f"a Table or a module on one is needed, not a {type(given).__name__}.")
+    return table

@@ -56,6 +56,7 @@ class Aside:
         self._targets: list[str] = []
         self._outputs: list[Output] = []
         self._replaced: list[str] = []
+        self._removed: list[str] = []  # of the targets: nothing new stands there
 
     def file(self, target: str) -> Output:
         """A new file that will stand at `target`.
@@ -67,6 +68,12 @@ class Aside:
         self._check_free(target, is_folder=False)
         self._targets.append(target)
         return self._open(self._aside(target))
+
+    def gone(self, target: str) -> None:
+        """What stands at `target` belongs to the file that is replaced, and goes with it."""
+        if self._overwrite and os.path.isfile(target):
+            self._targets.append(target)
+            self._removed.append(target)
 
     def folder(self, target: str) -> None:
         """A new folder that will stand at `target`; see `file_within`."""
@@ -105,7 +112,7 @@ class Aside:
         """
         for output in self._outputs:
             output.finish()
-        for target in self._targets:
+        for target in [target for target in self._targets if target not in self._removed]:
             self._check_free(target, os.path.isdir(self._aside(target)))
             if os.path.isdir(self._aside(target)):
                 files.sync_directory(self._aside(target))
@@ -116,7 +123,8 @@ class Aside:
             files.sync_directory(parent)
             return
         away = {target: f"{target}.old-{self._mark}" for target in self._targets if os.path.lexists(target)}
-        moves = [*away.items(), *((self._aside(target), target) for target in reversed(self._targets))]
+        made = [target for target in self._targets if target not in self._removed]
+        moves = [*away.items(), *((self._aside(target), target) for target in reversed(made))]
         try:
             for source, target in moves:
                 files.rename(source, target)

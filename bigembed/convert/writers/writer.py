@@ -77,6 +77,8 @@ class Writer:
             self._begin()
             if self.options.has_tokens and not self.carries_tokens:
                 self._vocab = self._file(self.target + VOCAB_SUFFIX)
+            else:
+                self._aside.gone(self.target + VOCAB_SUFFIX)
         except BaseException:
             self.abandon()
             raise
