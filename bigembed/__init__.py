@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from bigembed import optim
     from bigembed.convert.converter import convert as convert_file
     from bigembed.convert.export import export as export_file
+    from bigembed.convert.nearest import nearest
     from bigembed.nn.embedding import Embedding
     from bigembed.nn.lookahead import lookahead
+    from bigembed.storage.copy import copy_table
     from bigembed.vocab.hashed import HashBuckets, HashVocab, NgramHash
     from bigembed.vocab.vocabulary import Vocabulary
 
@@ -28,11 +30,13 @@ __all__ = [
     "Table",
     "Vocabulary",
     "convert_file",
+    "copy_table",
     "errors",
     "export_file",
     "get_num_threads",
     "init",
     "lookahead",
+    "nearest",
     "optim",
     "set_num_threads",
 ]
@@ -40,6 +44,7 @@ __all__ = [
 # What needs torch (seconds to import) or readers of many formats comes when it is asked for.
 _ON_DEMAND = {
     "convert_file": ("bigembed.convert.converter", "convert"),
+    "copy_table": ("bigembed.storage.copy", "copy_table"),
     "export_file": ("bigembed.convert.export", "export"),
     "HashBuckets": ("bigembed.vocab.hashed", "HashBuckets"),
     "HashVocab": ("bigembed.vocab.hashed", "HashVocab"),
@@ -47,6 +52,7 @@ _ON_DEMAND = {
     "Vocabulary": ("bigembed.vocab.vocabulary", "Vocabulary"),
     "Embedding": ("bigembed.nn.embedding", "Embedding"),
     "lookahead": ("bigembed.nn.lookahead", "lookahead"),
+    "nearest": ("bigembed.convert.nearest", "nearest"),
     "optim": ("bigembed.optim", None),
 }
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from bigembed import Embedding, Table, cli
+from bigembed import Embedding, Table
+from bigembed.cli import main as cli
 from bigembed.demo import text as text_module
 from bigembed.demo.model import Learner, NextToken
 from bigembed.demo.ngrams import (

@@ -1,12 +1,18 @@
-"""What every subcommand shares: how it is added, its exit statuses, a progress bar, words that are safe to print."""
+"""What every subcommand shares: how it is added, its exit statuses, a table to read, a progress bar."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-OK, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
+from bigembed.errors import TableMissing
+
+if TYPE_CHECKING:
+    from bigembed.storage.table import Table
+
+OK, FAILED, WRONG_USE, INTERRUPTED, BROKEN_PIPE, TERMINATED = 0, 1, 2, 130, 141, 143
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -33,9 +39,30 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return argparse.HelpFormatter._fill_text(self, text, width, indent)
 
 
-def printable(text: str) -> str:
-    """A user's words on one line of the terminal: control characters are shown, not obeyed."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+def open_table(path: str) -> "Table":
+    """The table that a command reads.
+
+    Raises:
+        TableMissing: nothing is there.
+    """
+    from bigembed.storage.table import Table
+
+    with said_of_table(path):
+        return Table.open(path, mode="r")
+
+
+@contextmanager
+def said_of_table(path: str) -> Iterator[None]:
+    """Where a table to read is missing, its error says what the command line can do about it."""
+    try:
+        yield
+    except TableMissing as error:
+        if os.path.lexists(path):
+            raise
+        raise TableMissing(
+            f"{os.path.abspath(path)} does not exist. Give the folder of a table, or make one with bigembed convert or "
+            "bigembed demo."
+        ) from error
 
 
 @contextmanager

@@ -1,14 +1,19 @@
 """`bigembed convert`, `export` and `copy`: tables from files, files from tables, tables from tables."""
 
 import argparse
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 from bigembed.cli import values
-from bigembed.cli.command import OK, add_command, printable, progress_bar
+from bigembed.cli.command import OK, add_command, progress_bar, said_of_table
+from bigembed.cli.output import counted, printable, show
+from bigembed.errors import TableExists
 
 if TYPE_CHECKING:
     from bigembed.convert.converter import ConvertReport
+
+NO_NUMBER_TYPES = ("text", "decimal", "product-quantised")  # how the file has its numbers, not what they are
 
 CONVERT_EXAMPLES = """  bigembed convert GoogleNews-vectors-negative300.bin.gz news.bigembed
   bigembed convert cc.en.300.bin english.bigembed           words and subwords: any word has a vector
@@ -41,44 +46,52 @@ def add_convert(commands: Any) -> None:
     add("--optimizer", metavar="NAME", help="reserve the state of Adam, Adagrad, ... (default: RowwiseAdagrad's)")
     add("--normalize", action="store_true", help="divide each row by its 2-norm")
     add("--no-vocabulary", dest="vocabulary", action="store_false", help="leave the tokens out")
-    add("--unknown", metavar="TOKEN", help="the token whose row stands for unknown ones (default: an error)")
+    add(
+        "--unknown",
+        metavar="TOKEN",
+        help="the token whose row stands for unknown ones (default: an error); --unknown=-x if it begins with a dash",
+    )
     add(
         "--skip-bad-lines", action="store_true", help="leave out lines that cannot be read; they are counted and listed"
     )
     add("--seed", type=values.whole, default=0, metavar="N", help="of the rows that start at random (default: 0)")
     add("--overwrite", action="store_true", help="replace the table at TARGET")
-    add("--dry-run", action="store_true", help="read and check everything, write nothing")
+    add("--dry-run", action="store_true", help="read and check every row, write nothing")
 
 
 def _convert(args: argparse.Namespace) -> int:
     from bigembed.convert.converter import ConvertOptions, convert
 
     options = ConvertOptions(**{name: getattr(args, name) for name in ConvertOptions.__dataclass_fields__})
-    with progress_bar("converting", "B", unit_scale=True, unit_divisor=1024) as show:
-        report = convert(args.source, args.target, options, show)
-    print(_as_text(report))
+    with progress_bar("converting", "B", unit_scale=True, unit_divisor=1024) as move:
+        report = convert(args.source, args.target, options, move)
+    show(_as_text(report))
     for line in report.skipped.first:
         print(f"skipped: {printable(line)}", file=sys.stderr)
-    if report.skipped.count > len(report.skipped.first):
-        print(f"skipped: {report.skipped.count - len(report.skipped.first):,} more lines", file=sys.stderr)
+    if more := report.skipped.count - len(report.skipped.first):
+        print(f"skipped: {counted(more, 'more line')}", file=sys.stderr)
     return OK
 
 
 def _as_text(report: "ConvertReport") -> str:
     made = "would be made" if report.is_dry else "made"
-    lines = [
-        f"{report.target}: {made} from {report.format}, {report.rows:,} rows x {report.dim} of {report.dtype}, "
-        f"in {report.seconds:.1f} s"
-    ]
-    if report.num_rows > report.rows:
-        lines.append(f"{report.num_rows - report.rows:,} more rows start at their initial values")
+    size = f"{counted(report.rows, 'row')} x {report.dim}"
+    if report.dtype not in NO_NUMBER_TYPES:
+        size += f" of {report.dtype}"
+    lines = [f"{printable(report.target)}: {made} from {report.format}, {size}, in {report.seconds:.1f} s"]
+    if more := report.num_rows - report.rows:
+        lines.append(f"{counted(more, 'more row')} {'starts at its' if more == 1 else 'start at their'} initial values")
     words = report.vocabulary
     if words is not None:
-        lines.append(f"{words.num_tokens:,} tokens, {words.duplicates:,} of them again (the first one counts)")
+        lines.append(counted(words.num_tokens, "token"))
+        if words.duplicates:
+            lines[-1] += f", {words.duplicates:,} of them again (the first one counts)"
         for token, row, first in words.first_duplicates[:3]:
             lines.append(f"  {printable(token.decode('utf-8', 'replace'))!r}: row {row} again, row {first} counts")
     if report.skipped.count:
-        lines.append(f"{report.skipped.count:,} lines were skipped")
+        lines.append(
+            f"{counted(report.skipped.count, 'line')} {'was' if report.skipped.count == 1 else 'were'} skipped"
+        )
     return "\n".join([*lines, *(f"note: {printable(note)}" for note in report.notes)])
 
 
@@ -108,11 +121,12 @@ def _export(args: argparse.Namespace) -> int:
     from bigembed.convert.export import export
 
     names = ("format", "dtype", "tensor", "part_bytes", "limit", "overwrite")
-    with progress_bar("exporting", "row", unit_scale=True) as show:
-        report = export(args.table, args.target, progress=show, **{name: getattr(args, name) for name in names})
-    print(f"{report.target}: {report.rows:,} rows x {report.dim} as {report.format}, in {report.seconds:.1f} s")
+    with progress_bar("exporting", "row", unit_scale=True) as move, said_of_table(args.table):
+        report = export(args.table, args.target, progress=move, **{name: getattr(args, name) for name in names})
+    size = f"{counted(report.rows, 'row')} x {report.dim}"
+    show(f"{printable(report.target)}: {size} as {report.format}, in {report.seconds:.1f} s")
     for note in report.notes:
-        print(f"note: {printable(note)}")
+        show(f"note: {printable(note)}")
     return OK
 
 
@@ -130,9 +144,11 @@ def add_copy(commands: Any) -> None:
 def _copy(args: argparse.Namespace) -> int:
     from bigembed.storage.copy import copy_table
 
-    with progress_bar("copying", "row", unit_scale=True) as show:
-        copy_table(args.table, args.target, overwrite=args.overwrite, progress=show)
-    print(f"{args.target}: a copy of {args.table}")
+    if os.path.lexists(args.target) and not args.overwrite:
+        raise TableExists(f"{os.path.abspath(args.target)} exists. Choose another target, or pass --overwrite.")
+    with progress_bar("copying", "row", unit_scale=True) as move, said_of_table(args.table):
+        copy_table(args.table, args.target, overwrite=args.overwrite, progress=move)
+    show(f"{printable(args.target)}: a copy of {printable(args.table)}")
     return OK
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from bigembed.cli import values
 from bigembed.cli.command import FAILED, OK, add_command
+from bigembed.cli.output import show
 from bigembed.demo.options import DemoOptions
 
 EXAMPLES = """  bigembed demo                                      about a minute: a 51 GB table learns n-grams
@@ -70,7 +71,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     chosen = {name: getattr(args, name) for name in DemoOptions.__dataclass_fields__ if name != "text"}
     result = run_demo(DemoOptions(text=tuple(args.text), **chosen))
-    print(report(result))
+    show(report(result))
     return OK if result.is_same else FAILED
 
 

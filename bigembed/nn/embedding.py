@@ -10,7 +10,7 @@ from torch import nn
 
 from bigembed.cache.stack import DEFAULT_PREFETCH_BYTES
 from bigembed.cache.transfer import checked_device
-from bigembed.errors import BigembedError, InvalidArgument
+from bigembed.errors import BigembedError, InvalidArgument, TableExists
 from bigembed.init import InitialValues
 from bigembed.nn.autograd import look_up
 from bigembed.nn.ids import checked_ids, ids_on
@@ -116,17 +116,13 @@ class Embedding(nn.Module):
             table_bytes=num_embeddings * (4 * embedding_dim + SMALL_TABLE_ROW_BYTES),
         )
         where = path if path is not None else temporary_path()
-        table = Table.create(
-            where,
-            num_embeddings,
-            embedding_dim,
-            init=init,
-            seed=seed,
-            padding_idx=padding_idx,
-            is_temporary=path is None,
-            journal_bytes=journal_bytes,
-            index_bytes=max(1, options.host_bytes // 4),
-        )
+        facts: dict[str, Any] = {"init": init, "seed": seed, "padding_idx": padding_idx, "is_temporary": path is None}
+        limits: dict[str, Any] = {"journal_bytes": journal_bytes, "index_bytes": max(1, options.host_bytes // 4)}
+        try:
+            table = Table.create(where, num_embeddings, embedding_dim, **facts, **limits)
+        except TableExists as error:  # whose advice is that of Table.create
+            here = os.path.abspath(os.fsdecode(where))
+            raise TableExists(f"{here} exists. Open it with Embedding.open(path), or choose another path.") from error
         try:
             self._become(trainable_of(table, options), padding_idx, sparse)
             if _weight is not None:
