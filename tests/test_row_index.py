@@ -4,6 +4,7 @@ import naive
 import numpy as np
 import pytest
 
+from bigembed.storage import row_index
 from bigembed.storage.row_index import NOWHERE, RowIndex
 
 SPREADS = {"dense": 3000, "sparse": 2**47}
@@ -44,3 +45,25 @@ def test_row_zero_and_place_zero_are_ordinary():
     assert index.put(np.array([0]), np.array([0])).tolist() == [NOWHERE]
     assert index.find(np.array([0, 1])).tolist() == [0, NOWHERE]
     assert index.put(np.array([0]), np.array([9])).tolist() == [0]
+
+
+def test_an_interruption_behind_the_kernel_loses_no_row(monkeypatch):
+    index = RowIndex()
+    rows = np.arange(700)
+    index.put(rows, rows * 8)
+    real = row_index.map_put
+
+    def interrupted(*args):
+        real(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(row_index, "map_put", interrupted)
+    for more in (np.arange(700, 710), np.arange(710, 5000)):  # without and with growing
+        with pytest.raises(KeyboardInterrupt):
+            index.put(more, more * 8)
+    monkeypatch.undo()
+    assert index.find(rows).tolist() == (rows * 8).tolist()
+    assert index.find(np.arange(700, 710)).tolist() == list(range(5600, 5680, 8))
+    assert len(index) == 710
+    index.put(np.arange(20_000), np.arange(20_000))
+    assert len(index) == 20_000
