@@ -268,7 +268,27 @@ def test_what_cannot_be_copied_is_said_and_nothing_is_made(table, tmp_path):
     for overwrite in (False, True):
         with pytest.raises(errors.InvalidArgument, match="cannot be copied onto itself"):
             copy_table(table.path, tmp_path / "link", overwrite=overwrite)
+    inside = os.listdir(table.path)
+    Table.create(tmp_path / "s" / "vocab" / "inner", 5, 1).close()
+    for overwrite in (False, True):
+        for source, target in [
+            (table.path, tmp_path / "s" / "copy"),
+            (table.path, tmp_path / "link" / "weight" / "copy"),
+            (tmp_path / "s" / "vocab" / "inner", table.path),
+            (tmp_path / "link" / "vocab" / "inner", tmp_path / "link"),
+        ]:
+            with pytest.raises(errors.InvalidArgument, match=r"cannot be copied to .* is inside .*s. Choose another"):
+                copy_table(source, target, overwrite=overwrite)
+    shutil.rmtree(tmp_path / "s" / "vocab")
+    assert os.listdir(table.path) == inside
     assert sorted(os.listdir(tmp_path)) == ["file", "link", "s"]
+
+
+def test_a_name_that_only_begins_alike_is_no_folder_inside(table, tmp_path):
+    write(table, 1)
+    table.commit()
+    copy_table(table.path, tmp_path / "s2")
+    assert_equal(table.path, tmp_path / "s2")
 
 
 def test_a_copy_may_replace_a_table(table, tmp_path):

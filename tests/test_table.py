@@ -454,7 +454,8 @@ def test_what_is_no_table_is_said_so(tmp_path):
     zarr.create_group(tmp_path / "group", attributes={"x": 1})
     for name in ("file", "empty", "group"):
         for mode in ("r", "r+"):
-            with pytest.raises(errors.NotATable, match=f"{name} is not a bigembed table"):
+            kind = "a file, not a table" if name == "file" else "not a bigembed table"
+            with pytest.raises(errors.NotATable, match=f"{name} is {kind}"):
                 Table.open(tmp_path / name, mode=mode)
         for overwrite in (False, True):
             with pytest.raises(errors.TableExists, match="exists"):
@@ -630,3 +631,115 @@ def test_a_full_disk_is_said_so_and_loses_nothing(table):
     table.commit()
     assert table.read([1, 3])[:, 0].tolist() == [1, 3]
     np.testing.assert_array_equal(table.read([2]), initial(table, [2]))
+
+
+# --- beside others
+
+FORK_BESIDE_A_POOL = """
+import os, sys, threading, time
+import numpy as np
+from bigembed.storage.table import Table
+
+table = Table.create(sys.argv[1], 10, 2)
+table.verify()  # zarr-python is loaded, and its pool
+held = threading.Event()
+
+def use_a_pool():
+    from concurrent.futures import ThreadPoolExecutor
+    with table.mutex:
+        held.set()
+        time.sleep(0.5)  # the fork has begun by now, and waits for us
+        ThreadPoolExecutor(1).submit(int).result()
+
+thread = threading.Thread(target=use_a_pool)
+thread.start()
+held.wait()
+pid = os.fork()
+if pid == 0:
+    os._exit(0)
+os.waitpid(pid, 0)
+thread.join()
+"""
+
+
+def test_a_fork_waits_for_who_verifies_without_holding_what_that_needs(path):
+    # Each would wait for the other for ever, in the thread pool's lock and in the table's.
+    subprocess.run([sys.executable, "-c", FORK_BESIDE_A_POOL, path], check=True, timeout=60)
+
+
+def test_a_reader_verifies_beside_a_writer_that_grows(table):
+    with Table.open(table.path, mode="r") as reader:
+        table.grow(V + 5)
+        table.commit()
+        reader.verify()
+        assert reader.shape == (V, D)
+
+
+def test_a_reader_verifies_beside_a_writer_that_merges(table):
+    table.write([0, V - 1], 1.0)
+    table.commit()
+    table.merge()
+    with Table.open(table.path, mode="r") as reader:
+        table.write([5], 2.0)
+        table.commit()
+        table.merge()
+        assert reader.verify().written_rows == 3
+        with open(os.path.join(table.path, "weight", "c.2.0"), "r+b") as file:
+            file.write(b"\0" * os.path.getsize(file.name))
+        with pytest.raises(errors.DamagedTable, match=r"c\.2\.0 holds 0 written rows"):
+            reader.verify()
+
+
+def test_a_reader_verifies_what_a_crash_left_between_the_two_files_of_metadata(table):
+    def stop(operation, path):
+        if operation == "rename" and os.path.basename(os.path.dirname(path)) == "words.bigembed":
+            raise OSError(5, "injected")
+
+    table.grow(V + 5)
+    files.before = stop
+    try:
+        with pytest.raises(errors.StorageFailed):
+            table.commit()
+    finally:
+        files.before = None
+    with Table.open(table.path, mode="r") as reader:
+        assert reader.shape == (V + 5, D)
+        reader.verify()
+    at = os.path.join(table.path, "weight", "zarr.json")
+    with open(at) as file:
+        metadata = json.load(file)
+    metadata["shape"][0] = V + 4
+    with open(at, "w") as file:
+        json.dump(metadata, file)
+    with (
+        Table.open(table.path, mode="r") as reader,
+        pytest.raises(errors.DamagedTable, match=f"weight is .{V + 4}, 3.*to zarr-python"),
+    ):
+        reader.verify()
+
+
+@pytest.mark.parametrize("name", ["zarr.json", "weight/zarr.json"])
+@pytest.mark.parametrize("operation", ["open", "read"])
+def test_a_read_of_metadata_that_fails_is_no_other_kind_of_folder(table, name, operation):
+    at = os.path.join(table.path, name)
+
+    def fail(kind, path):
+        if (kind, path) == (operation, at):
+            raise OSError(5, "injected")
+
+    table.close()
+    files.before = fail
+    try:
+        for call in (
+            lambda: Table.open(table.path),
+            lambda: Table.open(table.path, mode="r"),
+            lambda: Table.create(table.path, 5, 1, overwrite=True),
+        ):
+            with pytest.raises(errors.StorageFailed, match=f"{operation} of .*zarr.json failed: injected"):
+                call()
+    finally:
+        files.before = None
+    os.unlink(at)
+    os.mkdir(at)
+    with pytest.raises(errors.NotATable, match="Choose another path"):
+        Table.open(table.path)

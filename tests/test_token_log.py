@@ -4,10 +4,12 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import zlib
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import pytest
 from test_crash import CHANGES, SYNCS, Disk, FailAt, PowerLoss, StopAt, abandon, quiet_close
 
 from bigembed import errors
-from bigembed.storage import files, token_frames
+from bigembed.storage import files, token_frames, token_log
 from bigembed.storage.table import Table
 from bigembed.storage.token_frames import FRAME_BYTES, HEADER_BYTES, write_log
 from bigembed.storage.token_log import TokenLog
@@ -272,6 +274,30 @@ def test_a_forked_child_reads_and_does_not_write(table):
     assert [token for _, token in seen(table)] == [b"x", b"z"]
 
 
+def test_a_child_forked_while_another_thread_reads_the_log_reads_it_too(table):
+    add(table, [b"x"])
+    log, held, may_end = table.token_log, threading.Event(), threading.Event()
+
+    def hold():
+        with log._mutex:
+            held.set()
+            may_end.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+
+    def work():
+        signal.alarm(20)
+        assert seen(table) == [(100, b"x")]
+
+    try:
+        assert in_child(work) == 0
+    finally:
+        may_end.set()
+        thread.join()
+
+
 # --- damage
 
 
@@ -289,18 +315,36 @@ def content_of(tokens_by_frame, folder):
 FRAMES = [[b"one", b"two"], [b"three"], [b"", b"five", b"six"]]
 
 
+HEAD_BYTES = 24  # kind, zero, salt and first row of a frame
+
+
+def frame_starts(tmp_path):
+    log = token_frames.LogFile(str(tmp_path / "vocab" / "added"), os.O_RDONLY)
+    log.read_header()
+    starts = [frame.offset for frame in log.frames()]
+    log.file.close()
+    return starts
+
+
 def reader_of(tmp_path, content, num_rows):
     (tmp_path / "vocab" / "added").write_bytes(content)
     return TokenLog(str(tmp_path), num_rows, is_writer=False)
 
 
-def test_cut_off_anywhere_what_is_whole_counts(tmp_path):
+def test_cut_off_anywhere_what_is_whole_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_log, "PAUSES", ())
     content, end_row = content_of(FRAMES, tmp_path / "vocab")
     whole = listed(reader_of(tmp_path, content, end_row).entries())
     assert [token for _, token in whole] == [b"one", b"two", b"three", b"", b"five", b"six"]
-    counts = set()
+    counts, starts = set(), frame_starts(tmp_path)
     for size in range(HEADER_BYTES, len(content)):
         log = reader_of(tmp_path, content[:size], end_row)
+        last = max(start for start in starts if start <= size)
+        if size - last >= HEAD_BYTES:  # the head says that the tokens counted
+            with pytest.raises(errors.DamagedTable, match=f"the tokens at byte {last} are damaged"):
+                log.entries()
+            log.close()
+            log = reader_of(tmp_path, content[:size], V)
         found = listed(log.entries())
         assert found == whole[: len(found)]
         counts.add(len(found))
@@ -311,10 +355,11 @@ def test_cut_off_anywhere_what_is_whole_counts(tmp_path):
             reader_of(tmp_path, content[:size], end_row).entries()
 
 
-def test_every_flipped_bit_is_found_or_harmless(tmp_path):
+def test_every_flipped_bit_is_found_or_harmless(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_log, "PAUSES", ())
     content, end_row = content_of(FRAMES, tmp_path / "vocab")
     whole = listed(reader_of(tmp_path, content, end_row).entries())
-    found = 0
+    found, last = 0, frame_starts(tmp_path)[-1]
     for at in range(len(content)):
         flipped = bytearray(content)
         flipped[at] ^= 1 << (at % 8)
@@ -325,21 +370,27 @@ def test_every_flipped_bit_is_found_or_harmless(tmp_path):
             found += 1
         else:
             assert entries == whole[: len(entries)]
-            assert len(entries) in (3, 6)  # in the last frame it looks like a torn tail; between two it is nothing
+            # Such a head of the last frame looks like a torn tail; a filling zero between two frames means nothing.
+            assert len(entries) == (3 if last <= at < last + HEAD_BYTES else 6)
         log.close()
     assert found > 150
 
 
 def test_an_invalid_frame_before_tokens_that_count_is_damage_and_before_others_a_torn_tail(tmp_path):
     content, end_row = content_of(FRAMES, tmp_path / "vocab")
-    damaged = bytearray(content)
-    damaged[HEADER_BYTES + FRAME_BYTES] ^= 1
-    (tmp_path / "vocab" / "added").write_bytes(damaged)
-    for is_writer in (True, False):
-        with pytest.raises(errors.DamagedTable, match=f"damaged between byte {HEADER_BYTES} and the tokens at byte"):
-            TokenLog(str(tmp_path), V + 3, is_writer).entries()
-    assert (tmp_path / "vocab" / "added").read_bytes() == damaged
-    for num_rows in (V, V + 2):  # no later frame was committed: the disk may have taken it before this one
+    between = f"damaged between byte {HEADER_BYTES} and the tokens at byte"
+    here = f"the tokens at byte {HEADER_BYTES} are damaged"
+    for at, num_rows, match in [(0, V + 3, between), (FRAME_BYTES, V + 3, here), (FRAME_BYTES, V + 1, here)]:
+        damaged = bytearray(content)
+        damaged[HEADER_BYTES + at] ^= 1
+        (tmp_path / "vocab" / "added").write_bytes(damaged)
+        for is_writer in (True, False):
+            with pytest.raises(errors.DamagedTable, match=match):
+                TokenLog(str(tmp_path), num_rows, is_writer).entries()
+        assert (tmp_path / "vocab" / "added").read_bytes() == damaged
+    for at, num_rows in [(FRAME_BYTES, V), (0, V), (0, V + 2)]:  # no later frame counts: it may be on disk before
+        damaged = bytearray(content)
+        damaged[HEADER_BYTES + at] ^= 1
         (tmp_path / "vocab" / "added").write_bytes(damaged)
         log = TokenLog(str(tmp_path), num_rows, is_writer=True)
         assert listed(log.entries()) == []
@@ -347,6 +398,64 @@ def test_an_invalid_frame_before_tokens_that_count_is_damage_and_before_others_a
         assert os.path.getsize(tmp_path / "vocab" / "added") == HEADER_BYTES
     with pytest.raises(errors.NewerFormat, match="upgrade bigembed"):
         reader_of(tmp_path, content[:8] + struct.pack("<I", 2) + content[12:], end_row).entries()
+
+
+def test_a_damaged_byte_in_the_last_frame_takes_no_token_away(table):
+    add(table, [b"committed", b"too"])
+    table.commit()
+    table.close()
+    path = os.path.join(table.path, "vocab", "added")
+    content = bytearray(Path(path).read_bytes())
+    content[content.index(b"committed")] ^= 1
+    Path(path).write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(errors.DamagedTable, match=f"vocab/added: the tokens at byte {HEADER_BYTES} are damaged"):
+            Table.open(table.path)
+    assert Path(path).read_bytes() == content
+    with Table.open(table.path, "r") as reader:
+        for look in (reader.verify, reader.token_log.entries):
+            with pytest.raises(errors.DamagedTable, match=f"the tokens at byte {HEADER_BYTES} are damaged"):
+                look()
+
+
+def test_what_is_found_is_synced_before_more_rows_can_come(tmp_path):
+    content, end_row = content_of(FRAMES, tmp_path / "vocab")
+    done = []
+    for num_rows in (end_row, end_row - 1, V):  # nothing to cut, the file replaced, the file truncated
+        (tmp_path / "vocab" / "added").write_bytes(content)
+        files.before = lambda operation, path: done.append((operation, os.path.relpath(path, tmp_path)))
+        log = TokenLog(str(tmp_path), num_rows, is_writer=True)
+        synced = [item for item in done if item[0].startswith("sync")]
+        assert synced[:2] == [("sync", "vocab/added"), ("sync directory", "vocab")]
+        changes = [item for item in done if item[0] in ("truncate", "write", "rename")]
+        assert not changes or done.index(changes[0]) > done.index(synced[1])
+        done.clear()
+        log.reload(num_rows)
+        assert [item for item in done if "sync" in item[0]] == [("sync", "vocab/added"), ("sync directory", "vocab")]
+        done.clear()
+        log.close()
+
+
+@pytest.mark.parametrize("kind", ["sync", "sync directory"])
+def test_a_reload_whose_sync_failed_lets_nothing_be_committed(tmp_path, kind):
+    _, end_row = content_of(FRAMES, tmp_path / "vocab")
+    log = TokenLog(str(tmp_path), end_row, is_writer=True)
+
+    def fail(operation, path):
+        if operation == kind:
+            raise OSError(errno.EIO, "injected")
+
+    files.before = fail
+    with pytest.raises(errors.StorageFailed):
+        log.reload(end_row)
+    files.before = None
+    for call in (lambda: log.append(*packed([b"x"]), end_row), lambda: log.sync(end_row + 1), lambda: log.trim(V)):
+        with pytest.raises(errors.PoisonedTable):
+            call()
+    log.reload(end_row)
+    log.append(*packed([b"x"]), end_row)
+    log.sync(end_row + 1)
+    log.close()
 
 
 @pytest.mark.parametrize("field", [3, 4, 5])
@@ -359,7 +468,11 @@ def test_a_header_of_a_frame_that_cannot_be_allocates_nothing(tmp_path, field, v
     body = content[HEADER_BYTES + FRAME_BYTES :]
     crcs = struct.pack("<II", zlib.crc32(body, zlib.crc32(head)), 0)
     log = reader_of(tmp_path, content[:HEADER_BYTES] + head + crcs + body, V)
-    assert listed(log.entries(end_row)) == []
+    if fields[3] < V:
+        with pytest.raises(errors.DamagedTable, match=f"the tokens at byte {HEADER_BYTES} are damaged"):
+            log.entries()
+    else:
+        assert listed(log.entries(end_row)) == []
 
 
 def test_frames_of_another_log_behind_the_end_do_not_count(tmp_path):

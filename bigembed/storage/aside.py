@@ -8,8 +8,9 @@ import contextlib
 import os
 import re
 import secrets
+from collections.abc import Iterator
 
-from bigembed.errors import BigembedError, TableExists, TableLocked
+from bigembed.errors import BigembedError, StorageFailed, TableExists, TableLocked
 from bigembed.spec import TableSpec
 from bigembed.storage import files, zarr_format
 from bigembed.storage.lock import NAME as LOCK
@@ -74,6 +75,7 @@ class Aside:
 
         Raises:
             TableExists: meanwhile something else came to stand at the path.
+            StorageFailed: `remove` takes everything away; but after the rename the message says that the table stands.
         """
         parent = os.path.dirname(self.path)
         zarr_format.write_metadata(self.folder, spec, plain)  # syncs the entries of weight/ too
@@ -88,8 +90,10 @@ class Aside:
         assert self._lock is not None
         self._lock.sign(is_making=False)
         self._release()
-        files.sync_directory(parent)
-        files.remove_tree(os.path.join(self.path, REPLACED))
+        with _standing(self.path, "but its name may not survive a power cut"):
+            files.sync_directory(parent)
+        with _standing(self.path, "but the table that it replaced is still inside: the next writer removes it"):
+            files.remove_tree(os.path.join(self.path, REPLACED))
 
     def remove(self) -> None:
         """Leave nothing behind; what was to be replaced is where it was. Once the table is placed, only unlock it.
@@ -115,6 +119,15 @@ class Aside:
         self._lock = self._old_lock = None
 
 
+@contextlib.contextmanager
+def _standing(path: str, but: str) -> Iterator[None]:
+    """What fails inside is said to have failed after the table was placed."""
+    try:
+        yield
+    except StorageFailed as error:
+        raise type(error)(error.errno, f"{path} is whole and at its place, {but}: {error.strerror}") from error
+
+
 def _lock_what_stands_there(path: str, overwrite: bool) -> WriterLock | None:
     """None when the path is free, or the writer's lock of the table there: nobody else may open it meanwhile."""
     if not os.path.lexists(path):
@@ -123,6 +136,8 @@ def _lock_what_stands_there(path: str, overwrite: bool) -> WriterLock | None:
         raise TableExists(f"{path} exists. Open it with Table.open, choose another path, or pass overwrite=True.")
     try:
         zarr_format.read_metadata(path)
+    except StorageFailed:
+        raise
     except BigembedError as error:
         raise TableExists(f"{path} exists and is not a table, so it is not overwritten: {error}") from error
     return WriterLock(path)

@@ -51,10 +51,10 @@ def copy_table(
     Raises:
         TableLocked: the source's writer merged newer commits into the base whenever a copy was half done.
         DamagedTable, DamagedRow: the source is damaged; nothing is made. TableExists: something is at the target.
+        InvalidArgument: source and target are the same, or one is inside the other.
     """
     source, target = absolute_path(source_path), absolute_path(target_path, overwrite)
-    if os.path.realpath(source) == os.path.realpath(target):
-        raise InvalidArgument(f"{source} cannot be copied onto itself. Choose another target.")
+    _check_apart(source, target)
     for _ in range(ROUNDS):
         if _copy(source, target, overwrite, progress):
             return
@@ -62,6 +62,15 @@ def copy_table(
         f"{source} was changed by its writer each of the {ROUNDS} times that it was copied. Copy it while nobody "
         "writes it, or let its writer commit and merge less often."
     )
+
+
+def _check_apart(source: str, target: str) -> None:
+    here, there = os.path.realpath(source), os.path.realpath(target)
+    if here == there:
+        raise InvalidArgument(f"{source} cannot be copied onto itself. Choose another target.")
+    for inner, outer in ((there, here), (here, there)):
+        if os.path.commonpath([inner, outer]) == outer:
+            raise InvalidArgument(f"{source} cannot be copied to {target}: {inner} is inside {outer}. Choose another.")
 
 
 def _copy(source: str, target: str, overwrite: bool, progress: Progress | None) -> bool:

@@ -110,6 +110,8 @@ def create_table(path: str, overwrite: bool, num_rows: int, dim: int, state_dim:
     Raises:
         TableExists: something stands at the path, and is no table or `overwrite` is not given.
         TableLocked: the table to overwrite is open for writing.
+        StorageFailed: nothing was made, unless the message says that the table stands: then only its name may not
+        survive a power cut.
     """
     spec = new_spec(checked_integer("num_rows", num_rows), dim, state=reserved_state(state_dim), **facts)
     birth = Commit(0, 0, spec.num_rows, "created", time.time(), explicit=True)

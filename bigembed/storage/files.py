@@ -152,8 +152,8 @@ class File:
 
     def close(self) -> None:
         if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+            fd, self.fd = self.fd, -1  # first: whoever closes it too, in a forked child, finds it closed
+            os.close(fd)
 
 
 def read_bytes(path: str, limit_bytes: int = 1 << 30) -> bytes:

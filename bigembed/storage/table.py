@@ -136,7 +136,8 @@ class Table:
             options: as for `open`.
 
         Raises:
-            TableExists: something stands at the path. InvalidArgument: a size or dtype that cannot be.
+            TableExists: something stands at the path. InvalidArgument: a size or dtype that cannot be. StorageFailed:
+            nothing was made, unless the message says that the table stands.
         """
         where = absolute_path(path, overwrite)
         _checked_options(**options)
@@ -630,6 +631,8 @@ class Table:
         self.mutex = threading.RLock()  # whoever held it does not exist here
         if self._lock is not None:
             self._lock.release()
+        if self._store.tokens is not None:
+            self._store.tokens.after_fork_in_child()
         self._store.is_writer = False  # a read that finds a record moved by the parent looks again, as any reader
 
 

@@ -110,8 +110,16 @@ class LogFile:
             yield found[0]
 
     def counted_frame_beyond(self, offset: int, num_rows: int) -> int:
-        """Where behind `offset` a frame of rows below num_rows is, or -1. It was synced, and so was all before it."""
+        """Where behind the valid frames, which end at `offset`, a frame of rows below num_rows is, or -1.
+
+        It was synced, and so was all before it. Of one at `offset` itself the head says enough: an append that broke
+        off left rows from V on.
+        """
         needle = struct.pack("<4sIQ", KIND, 0, self.salt)
+        head = self.file.pread(len(needle) + 8, offset)
+        row_bytes = head[len(needle) :]
+        if head.startswith(needle) and len(row_bytes) == 8 and int.from_bytes(row_bytes, "little") < num_rows:
+            return offset
         block_bytes, size = 1 << 20, self.file.size_bytes()
         while offset < size:
             block = self.file.pread(block_bytes + len(needle), offset)

@@ -32,7 +32,7 @@ from bigembed.storage.token_frames import (
 )
 
 VOCAB = "vocab"
-ROUNDS = 3
+PAUSES = 0.001, 0.02  # seconds that a reader gives the writer; the second lasts for the write of a frame
 
 _T = TypeVar("_T")
 
@@ -84,9 +84,19 @@ class TokenLog:
             self._num_rows = self._counted_rows = num_rows  # counted: tokens of rows from here on may be appended
             self._is_closed = self._is_loaded = self._is_poisoned = self._has_unsynced = False
             if self.is_writer:
+                self._is_poisoned = True  # until all of this is done
                 self._load()
+                self._make_durable()
                 self._cut(num_rows)
+                self._is_poisoned = False
                 self._note_changes()
+
+    def _make_durable(self) -> None:
+        """What we found may be in the page cache only, if a process died before its sync: build on nothing less."""
+        if self._log is not None:
+            self._log.file.sync_all()
+        if os.path.isdir(self._folder):
+            files.sync_directory(self._folder)
 
     def _check_loaded(self) -> None:
         if self._is_closed:
@@ -97,14 +107,14 @@ class TokenLog:
 
     def _patiently(self, work: Callable[[], _T]) -> _T:
         """Do what may meet a writer at work: a reader tries again with the file as it is then."""
-        for left in reversed(range(ROUNDS)):
+        for pause in (*PAUSES, None):
             try:
                 return work()
             except (DamagedTable, FileNotFoundError):
-                if self.is_writer or left == 0:
+                if self.is_writer or pause is None:
                     raise
                 self._is_loaded = False
-                time.sleep(0.001)
+                time.sleep(pause)
         raise AssertionError
 
     def _load(self) -> None:
@@ -114,6 +124,8 @@ class TokenLog:
             self._log.read_header()
             self._frames = list(self._log.frames())
             beyond = self._log.counted_frame_beyond(self._end, self._num_rows)
+            if beyond == self._end:
+                raise DamagedTable(f"{self.path}: the tokens at byte {beyond} are damaged. Restore it from a backup.")
             if beyond >= 0:
                 raise DamagedTable(
                     f"{self.path} is damaged between byte {self._end} and the tokens at byte {beyond}. Restore it "
@@ -226,8 +238,9 @@ class TokenLog:
             StorageFailed: and PoisonedTable ever after, until `reload`.
         """
         with self._mutex:
-            if self._has_unsynced:
+            if self._has_unsynced or self._is_poisoned:
                 self._check_writable()
+            if self._has_unsynced:
                 assert self._log is not None
                 self._is_poisoned = True
                 self._log.file.sync_all()
@@ -293,6 +306,11 @@ class TokenLog:
         log, self._log, self._frames = self._log, None, []
         if log is not None:
             log.file.close()
+
+    def after_fork_in_child(self) -> None:
+        """Whoever held the mutex does not exist here, and may have been in the middle of loading: load anew."""
+        self._mutex = threading.RLock()
+        self._is_loaded = False
 
     def close(self) -> None:
         """Close the file; `reload` opens it again."""

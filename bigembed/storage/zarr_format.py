@@ -4,11 +4,16 @@ zarr-python never writes a chunk of a table: its writes replace the file, rewrit
 and by default delete chunks equal to the fill value. Here it makes metadata in memory and judges what it reads.
 """
 
+# zarr-python reads on a thread pool, whose module takes a lock ahead of every fork. Hooks ahead of a fork run last
+# registered first. Imported before lifetime registers its own, a fork first waits until nobody is inside a table, and
+# takes that lock only then: somebody who verifies a table needs it to get on.
+import concurrent.futures.thread  # noqa: F401
+import errno
 import json
 import os
 from typing import Any
 
-from bigembed.errors import DamagedTable, NotATable, TableMissing
+from bigembed.errors import DamagedTable, NotATable, StorageFailed, TableMissing
 from bigembed.spec import TableSpec
 from bigembed.storage import files
 
@@ -16,6 +21,7 @@ GROUP_FILE = "zarr.json"
 ARRAY_FILE = os.path.join("weight", "zarr.json")
 ATTRIBUTES = "bigembed"
 METADATA_LIMIT_BYTES = 16 << 20
+_NO_SUCH_FILE = {errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EFBIG}  # it is none of ours; others are faults
 
 
 def metadata(spec: TableSpec, plain: bool) -> dict[str, bytes]:
@@ -52,6 +58,7 @@ def read_metadata(path: str) -> tuple[TableSpec, bool, dict[str, bytes]]:
 
     Raises:
         TableMissing: nothing is there. NotATable, NewerFormat: what is there is no table of ours.
+        StorageFailed: the system refused a read.
     """
     found = {}
     if not os.path.lexists(path):
@@ -61,15 +68,13 @@ def read_metadata(path: str) -> tuple[TableSpec, bool, dict[str, bytes]]:
             found[name] = files.read_bytes(os.path.join(path, name), METADATA_LIMIT_BYTES)
         group, array = (json.loads(found[name]) for name in (GROUP_FILE, ARRAY_FILE))
         attributes = group["attributes"][ATTRIBUTES]
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-        KeyError,
-        TypeError,
-        ValueError,
-        files.StorageFailed,
-    ) as error:
-        raise NotATable(f"{path} is not a bigembed table: {error!r}. Choose another path.") from error
+    except (FileNotFoundError, KeyError, TypeError, ValueError, StorageFailed) as error:
+        if isinstance(error, StorageFailed) and error.errno not in _NO_SUCH_FILE:
+            raise
+        if os.path.isfile(path):
+            raise NotATable(f"{path} is a file, not a table. Make a table of it with bigembed convert.") from error
+        why = "it has no zarr.json" if isinstance(error, FileNotFoundError) else repr(error)
+        raise NotATable(f"{path} is not a bigembed table: {why}. Choose another path.") from error
     attributes = dict(attributes)
     plain = attributes.pop("plain", False) is True
     spec = TableSpec.from_attributes(attributes, path)
@@ -106,8 +111,11 @@ def _check_array(array: Any, spec: TableSpec, path: str) -> None:
         )
 
 
-def check_with_zarr(path: str, spec: TableSpec) -> None:
+def check_with_zarr(path: str, spec: TableSpec, also_rows: int | None = None) -> None:
     """zarr-python opens the array and sees what `spec` says.
+
+    Args:
+        also_rows: another V that the array may have.
 
     Raises:
         DamagedTable: it does not.
@@ -118,7 +126,8 @@ def check_with_zarr(path: str, spec: TableSpec) -> None:
         array = zarr.open_array(os.path.join(path, "weight"), mode="r")
     except Exception as error:  # zarr-python names no common class of its errors
         raise DamagedTable(f"zarr-python cannot open {path}/weight: {error}. Restore zarr.json.") from error
-    if array.shape != (spec.num_rows, spec.dim) or str(array.dtype) != spec.dtype:
+    shapes = [(rows, spec.dim) for rows in (spec.num_rows, also_rows)]
+    if array.shape not in shapes or str(array.dtype) != spec.dtype:
         raise DamagedTable(
             f"{path}/weight is {array.shape} {array.dtype} to zarr-python, "
             f"{(spec.num_rows, spec.dim)} {spec.dtype} here. Restore zarr.json from a backup."
