@@ -114,6 +114,22 @@ def test_prefetch_returns_before_the_rows_are_there_and_a_fetch_waits(source):
     assert staging.stats()["stall_seconds"] > 0
 
 
+def test_a_few_rows_of_a_batch_on_its_way_are_read_now(source):
+    source.may_run.clear()
+    staging = Staging(source, 1 << 20)
+    staging.prefetch(np.arange(100))
+    values = np.empty((2, D + K), np.float32)
+    staging.fetch_rows(rows(3, 50), values)  # waits for nothing
+    assert source.fetched == [[3, 50]]
+    assert values.tobytes() == source.stored_VE[[3, 50]].tobytes()
+    assert staging.stats()["overtaken"] == 2
+    assert staging.stats()["stalls"] == 0
+    staging._check()
+    source.may_run.set()
+    staging.fetch_rows(rows(*range(100)), np.empty((100, D + K), np.float32))
+    assert source.fetched[1:] == [[3, 50]]  # the others came in the background
+
+
 def test_a_row_written_while_it_is_in_flight_is_read_again(source):
     source.may_run.clear()
     staging = Staging(source, 1 << 20)

@@ -20,6 +20,7 @@ from bigembed.kernels import rows as row_kernels
 from bigembed.kernels.matching import ABSENT, match
 from bigembed.spec import TableSpec
 
+FEW_ROWS = 1 / 16  # of a batch on its way: so few are read now, which takes less than the rest of the batch
 LONGEST_WAIT_LOOKUPS = 64  # a prefetch is for the next few batches; after so many lookups it was for none
 
 
@@ -76,7 +77,8 @@ class Staging:
         self.budget_bytes = budget_bytes
         self._batches: list[_Batch] = []
         self._lookups = 0
-        self._counts = dict.fromkeys(("requested", "staged", "taken", "rewritten", "expired", "refused", "stalls"), 0)
+        counted = ("requested", "staged", "taken", "rewritten", "overtaken", "expired", "refused", "stalls")
+        self._counts = dict.fromkeys(counted, 0)
         self._stall_seconds = 0.0
 
     @property
@@ -142,8 +144,13 @@ class Staging:
         at_M = np.empty_like(rows_M)
         if not match(rows_M, batch.rows_M, batch.wanted_M, at_M):
             return
-        arrived_M = self._arrived(batch)
         here = np.flatnonzero(at_M != ABSENT)
+        if not batch.task.is_done and here.size < FEW_ROWS * batch.rows_M.size:
+            # Read ahead for a later lookup. Mostly they were evicted just now, so they are in the system's page cache.
+            batch.wanted_M[at_M[here]] = False
+            self._counts["overtaken"] += here.size
+            return
+        arrived_M = self._arrived(batch)
         batch.wanted_M[at_M[here]] = False  # lost ones too: they are read now
         lost = here[~arrived_M[at_M[here]]]
         at_M[lost] = ABSENT
@@ -199,7 +206,8 @@ class Staging:
         return sum(batch.memory_bytes for batch in self._batches)
 
     def stats(self) -> dict[str, Any]:
-        """Rows so far: asked for, staged, taken by lookups, rewritten before that, expired, without room; stalls."""
+        """Rows so far: asked for, staged, taken by lookups, rewritten before that, read by a lookup before they came,
+        expired, without room; stalls."""
         return {
             **self._counts,
             "stall_seconds": self._stall_seconds,
