@@ -477,3 +477,19 @@ def test_the_tool_is_the_command(npy, tmp_path):
     done = subprocess.run([sys.executable, tool, str(npy), str(tmp_path / "t")], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert "1,000 rows x 6" in done.stdout
+
+
+def test_a_glove_file_of_phrases_comes_back_with_dim_and_a_byte_order_mark_is_refused(tmp_path):
+    for n, words in enumerate((["chapter 1", "chapter 2", "chapter 3", "end"], ["\ufeffx", "y"])):
+        with Table.create(tmp_path / f"t{n}", len(words), 3, init="zeros") as table:
+            table.write(np.arange(len(words)), ROWS[: len(words), :3])
+            table.commit()
+            Vocabulary.create(table, words)
+    bigembed.export_file(tmp_path / "t0", tmp_path / "phrases.txt", format="glove")
+    convert(tmp_path / "phrases.txt", tmp_path / "again", dim=3)
+    assert rows_of(tmp_path / "again").tobytes() == ROWS[:4, :3].tobytes()
+    with Table.open(tmp_path / "again", mode="r") as table:
+        assert Vocabulary.open(table).rows(["chapter 2", "end"]).tolist() == [1, 3]
+    with pytest.raises(InvalidArgument, match="byte order mark"):
+        bigembed.export_file(tmp_path / "t1", tmp_path / "marked.txt", format="glove")
+    assert not (tmp_path / "marked.txt").exists()

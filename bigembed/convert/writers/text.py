@@ -6,6 +6,7 @@ with line ends, a space at either end, or a decimal number after a space, which 
 both.
 """
 
+import codecs
 import re
 
 import numpy as np
@@ -72,3 +73,8 @@ class GloveWriter(_TextWriter):
     format = "glove"
     _refused_256 = refused_bytes(inside=b"\n\r\0", first=b" \t", last=b" \t")
     _reason = "a line end, NUL, or a space at either end would be lost"
+
+    def _append(self, values_MD: np.ndarray, tokens: PackedTokens | None) -> None:
+        if tokens is not None and self.rows == 0 and tokens[0].startswith(codecs.BOM_UTF8):
+            raise self._refused(0, tokens, "at the start of a file its first bytes are taken for a byte order mark")
+        super()._append(values_MD, tokens)
