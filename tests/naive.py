@@ -611,12 +611,9 @@ def normalize_rows(values_MD):
     return out_MD
 
 
-def count_not_finite(values_MD):
-    return sum(not np.isfinite(row).all() for row in values_MD)
-
-
-def sum_of_squares(values_MD):
-    return sum(sum(value * value for value in row) for row in values_MD.tolist() if np.isfinite(row).all())
+def survey_rows(values_MD):
+    finite = [row for row in values_MD.tolist() if np.isfinite(row).all()]
+    return len(values_MD) - len(finite), sum(sum(value * value for value in row) for row in finite)
 
 
 def mean_of_parts(values_FD, start_N1):

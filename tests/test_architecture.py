@@ -23,7 +23,7 @@ ONLY_USER = {
 NO_TORCH = ("errors", "init", "spec", "threads", "kernels", "storage", "vocab", "convert", "cli")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 70
 # Files that hold one idea but cannot be shorter, with the reason.
-LONGER_FILES = {"storage/table.py": "the public face: a third of it is what a user reads"}
+LONGER_FILES = {"storage/table.py": "the public face: more than a quarter of it is docstrings"}
 BANNED = re.compile(r"\b(todo|fixme|xxx|hack|shard(ed|s)?|utils|helpers?|manager)\b", re.IGNORECASE)
 
 

@@ -25,10 +25,8 @@ def test_normalize_rows_equals_its_twin(values):
     assert out_MD[5].tolist() == [np.float32(0.6), np.float32(0.8), 0]
 
 
-def test_count_not_finite_equals_its_twin(values):
-    values_MD = values
-    assert sum(threads.run(norms.count_not_finite, len(values_MD), values_MD)) == naive.count_not_finite(values_MD) == 4
-
-
-def test_sum_of_squares_equals_its_twin(values):
-    assert norms.sum_of_squares(0, len(values), values) == naive.sum_of_squares(values)
+def test_survey_rows_equals_its_twin(values):
+    assert norms.survey_rows(0, len(values), values) == naive.survey_rows(values)
+    assert norms.survey_rows(0, len(values), values)[0] == 4
+    parts = threads.run(norms.survey_rows, len(values), values, grain=1)
+    assert sum(count for count, _ in parts) == 4

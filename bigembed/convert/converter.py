@@ -17,7 +17,7 @@ from bigembed.convert.source import ReadOptions, SkippedLines, Source
 from bigembed.convert.writers.vocab_text import VOCAB_SUFFIX, read_vocab_lines
 from bigembed.errors import BadSource, InvalidArgument, TableExists
 from bigembed.init import normal
-from bigembed.kernels.norms import count_not_finite, normalize_rows, sum_of_squares
+from bigembed.kernels.norms import normalize_rows, survey_rows
 from bigembed.spec import StateColumns
 from bigembed.storage.bulk import BulkTable
 from bigembed.vocab.builder import BuildReport, VocabBuilder
@@ -219,12 +219,12 @@ def _pump(
     for block in reader.blocks():
         count = int(min(len(block.values_MD), limit - report.rows))
         values_MD = block.values_MD[:count]
-        not_finite += sum(threads.run(count_not_finite, count, values_MD, grain=256))
         if options.normalize:
             unit_MD = np.empty_like(values_MD)
             threads.run(normalize_rows, count, values_MD, unit_MD, grain=256)
             values_MD = unit_MD
-        squares += sum(threads.run(sum_of_squares, count, values_MD, grain=256))
+        for worse, more in threads.run(survey_rows, count, values_MD, grain=256):
+            not_finite, squares = not_finite + worse, squares + more
         if target is not None:
             target.append(values_MD, None if block.tokens is None else block.tokens.between(0, count))
         report.rows += count

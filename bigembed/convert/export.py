@@ -12,7 +12,7 @@ from bigembed import threads
 from bigembed.convert.writers.formats import writer_for
 from bigembed.convert.writers.writer import WriteOptions
 from bigembed.errors import InvalidArgument, StateMismatch, TableMoved
-from bigembed.kernels.norms import count_not_finite
+from bigembed.kernels.norms import survey_rows
 from bigembed.storage.create import checked_integer
 from bigembed.storage.table import Table
 from bigembed.vocab.packed import PackedTokens
@@ -187,7 +187,7 @@ class _Reader:
             values_ME[lost] = lost_ME
         _check_same(self._table, self._before)
         values_MD = values_ME[:, : self._table.spec.dim].copy()
-        self.not_finite += count_not_finite(0, len(row_M), values_MD)
+        self.not_finite += survey_rows(0, len(row_M), values_MD)[0]
         return values_MD
 
 
@@ -204,7 +204,7 @@ class _WordReader:
         before, left = _state(self._table), self.num_rows
         for words, _, values_MD in word_vectors(self._table, self._vocabulary):
             _check_same(self._table, before)
-            self.not_finite += count_not_finite(0, min(left, len(words)), values_MD)
+            self.not_finite += survey_rows(0, min(left, len(words)), values_MD)[0]
             yield values_MD[:left], words.between(0, min(left, len(words)))
             left -= min(left, len(words))
             if not left:

@@ -20,29 +20,17 @@ def normalize_rows(start, stop, values_MD, out_MD):
 
 
 @nb.njit(nogil=True, cache=True)
-def count_not_finite(start, stop, values_MD):
-    """How many rows hold a NaN or an infinity."""
-    words_MD = values_MD.view(np.uint32)
-    exponent = np.uint32(0x7F800000)
-    count = 0
-    for m in range(start, stop):
-        worst = np.uint32(0)
-        for d in range(words_MD.shape[1]):
-            worst = max(worst, words_MD[m, d] & exponent)
-        if worst == exponent:
-            count += 1
-    return count
-
-
-@nb.njit(nogil=True, cache=True)
-def sum_of_squares(start, stop, values_MD):
-    """The squares of all values, in float64; rows that hold a NaN or an infinity are left out."""
+def survey_rows(start, stop, values_MD):
+    """(rows that hold a NaN or an infinity, the squares of all values in the other rows, summed in float64)."""
+    not_finite = 0
     total = 0.0
     for m in range(start, stop):
         of_row = 0.0
         for d in range(values_MD.shape[1]):
             value = np.float64(values_MD[m, d])
             of_row += value * value
-        if of_row < np.inf:
+        if of_row < np.inf:  # float32's largest square is far below float64's largest number
             total += of_row
-    return total
+        else:
+            not_finite += 1
+    return not_finite, total

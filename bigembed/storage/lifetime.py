@@ -11,12 +11,12 @@ from bigembed.storage.lock import WriterLock
 from bigembed.storage.store import RecordStore
 
 if TYPE_CHECKING:
-    from bigembed.storage.table import Table
+    from bigembed.storage.open_table import OpenTable
 
-_open_tables: "weakref.WeakSet[Table]" = weakref.WeakSet()
+_open_tables: "weakref.WeakSet[OpenTable]" = weakref.WeakSet()
 
 
-def register(table: "Table") -> None:
+def register(table: "OpenTable") -> None:
     """Let an open table hear of fork and of the program's end."""
     if not _open_tables:
         # Later than the finalizers' own exit hook, so called before it: a program that ends gets the warning too.
@@ -25,7 +25,7 @@ def register(table: "Table") -> None:
     _open_tables.add(table)
 
 
-def open_tables() -> "list[Table]":
+def open_tables() -> "list[OpenTable]":
     """The tables of this process that are open."""
     return [table for table in _open_tables if not table.is_closed]
 
@@ -49,7 +49,7 @@ def _close_all() -> None:
         table.close()
 
 
-_forking: "list[Table]" = []
+_forking: "list[OpenTable]" = []
 
 
 def _before_fork() -> None:

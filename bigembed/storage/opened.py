@@ -11,6 +11,7 @@ def open_shared(path: str, mode: Literal["r", "r+"], **options: Any) -> Table:
     """The Table this process has open at `path` in that mode, or a new one."""
     where = os.path.realpath(path)
     for table in open_tables():
-        if table.mode == mode and table.pid == os.getpid() and os.path.realpath(table.path) == where:
+        is_ours = table.mode == mode and table.pid == os.getpid()
+        if is_ours and isinstance(table, Table) and os.path.realpath(table.path) == where:
             return table
     return Table.open(path, mode, **options)

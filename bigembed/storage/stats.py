@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from bigembed.storage.store import RecordStore
 
 if TYPE_CHECKING:
-    from bigembed.storage.table import CacheLayer
+    from bigembed.storage.open_table import CacheLayer
 
 
 def table_stats(store: RecordStore, cache: "CacheLayer | None", uncommitted_rows: int) -> dict[str, Any]:

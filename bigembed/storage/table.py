@@ -2,59 +2,33 @@
 
 import json
 import os
-import threading
 import time
-import warnings
-import weakref
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 
 from bigembed.errors import (
-    ForkedTable,
     InvalidArgument,
     NotRestorable,
-    ReadOnlyTable,
     StateMismatch,
-    TableClosed,
     TableMissing,
 )
 from bigembed.init import InitialValues
-from bigembed.spec import StateColumns, TableSpec
-from bigembed.storage import files, lifetime, rewrite, upkeep
-from bigembed.storage.aside import put_back, remove_leftovers
-from bigembed.storage.base import READERS
+from bigembed.spec import StateColumns
+from bigembed.storage import rewrite, upkeep
+from bigembed.storage.aside import put_back
 from bigembed.storage.create import absolute_path, checked_integer, create_table
-from bigembed.storage.filesystem import warn_if_remote
-from bigembed.storage.lock import WriterLock
+from bigembed.storage.open_table import DEFAULT_INDEX_BYTES, DEFAULT_JOURNAL_BYTES, OpenTable, checked_limits
 from bigembed.storage.read_ahead import ReadAhead
 from bigembed.storage.rows import checked_rows, last_of_each
 from bigembed.storage.stats import table_stats
-from bigembed.storage.store import Limits, RecordStore
 from bigembed.storage.superblock import Commit
-from bigembed.storage.token_log import TokenLog
 from bigembed.storage.upkeep import Progress
 from bigembed.storage.verify import VerifyReport, verify_store
 
-DEFAULT_JOURNAL_BYTES = 1 << 30
-DEFAULT_INDEX_BYTES = 64 << 20
 
-
-class CacheLayer(Protocol):
-    """What a table asks of the cache above it, which may hold newer values than the journal."""
-
-    @property
-    def dirty_rows(self) -> int: ...
-    def write_back(self) -> None: ...
-    def overlay(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None: ...
-    def refresh(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None: ...
-    def drop(self) -> None: ...
-    def stats(self) -> dict[str, Any]: ...
-
-
-class Table:
+class Table(OpenTable):
     """A (V, D) float32 matrix on disk. Make one with `Table.create` or `Table.open`, best in a `with` block.
 
     Uncommitted changes are seen by this Table and by nobody else; `commit` makes them durable. Methods may be
@@ -71,37 +45,6 @@ class Table:
         array([[1., 1., 1., 1.],
                [0., 0., 0., 0.]], dtype=float32)
     """
-
-    def __init__(self, path: str, mode: str, limits: Limits, reader: str, is_temporary: bool = False) -> None:
-        self.path = path
-        self.mode = mode
-        self.is_temporary = is_temporary
-        self.pid = os.getpid()
-        self.mutex = threading.RLock()
-        self._cache: CacheLayer | None = None
-        self._reshaped: weakref.WeakMethod[Any] | None = None
-        self.rollbacks = 0  # how often rows went back; a gradient from before does not belong to the rows after
-        if mode == "r+":
-            warn_if_remote(path)
-        self._lock = WriterLock(path) if mode == "r+" else None
-        if is_temporary:
-            files.do_not_sync(path)
-        try:
-            if mode == "r+":
-                rewrite.finish_rewrite(path)
-                remove_leftovers(path)
-            self._store = RecordStore(path, mode == "r+", limits, reader)
-        except BaseException:
-            if self._lock is not None:
-                self._lock.release()
-            files.sync_again(path)
-            raise
-        self.scalars: dict[str, Any] = dict(self._store.journal.head.scalars)
-        self._uncommitted_rows = 0
-        self._finalizer = weakref.finalize(
-            self, lifetime.release, self._store, self._lock, self.pid, is_temporary, path
-        )
-        lifetime.register(self)
 
     # -- making and opening ---------------------------------------------------------------------------------
 
@@ -140,7 +83,7 @@ class Table:
             nothing was made, unless the message says that the table stands.
         """
         where = absolute_path(path, overwrite)
-        _checked_options(**options)
+        checked_limits(**options)
         facts: dict[str, Any] = {
             "num_rows": num_rows,
             "dim": dim,
@@ -179,7 +122,7 @@ class Table:
         """
         if mode not in ("r", "r+"):
             raise InvalidArgument(f"mode={mode!r} is unknown; use 'r' to read or 'r+' to write.")
-        limits = _checked_options(
+        limits = checked_limits(
             journal_bytes=journal_bytes, index_bytes=index_bytes, reader=reader, is_temporary=is_temporary, mode=mode
         )
         where = absolute_path(path)
@@ -191,55 +134,6 @@ class Table:
 
             zarr_format.read_metadata(where)  # says what is there instead of a table
         return cls(where, mode, limits, reader, is_temporary)
-
-    # -- facts ----------------------------------------------------------------------------------------------
-
-    @property
-    def spec(self) -> TableSpec:
-        """The facts of the table as of now."""
-        return self._store.spec
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(V, D)."""
-        return self.spec.num_rows, self.spec.dim
-
-    @property
-    def limits(self) -> Limits:
-        """What journal and index may take."""
-        return self._store.limits
-
-    @property
-    def generation(self) -> int:
-        """The number of the last commit."""
-        return self._store.journal.head.number
-
-    @property
-    def token_log(self) -> TokenLog:
-        """The tokens of rows that were added, in the same commits as the rows."""
-        with self.mutex:
-            self._check_open()
-            assert self._store.tokens is not None
-            return self._store.tokens
-
-    @property
-    def is_closed(self) -> bool:
-        return not self._finalizer.alive
-
-    @property
-    def may_write(self) -> bool:
-        """Opened for writing, in this process, and not closed."""
-        return self.mode == "r+" and self.pid == os.getpid() and not self.is_closed
-
-    @property
-    def has_rows(self) -> bool:
-        """Whether any row was ever written."""
-        dirty = self._cache.dirty_rows if self._cache is not None else 0
-        return bool(dirty or self._store.journal.rows or self._store.superblock.written_C.any())
-
-    def __repr__(self) -> str:
-        state = "closed" if self.is_closed else f"mode={self.mode!r}, generation={self.generation}"
-        return f"Table({self.path!r}, {self.shape[0]} x {self.shape[1]} {self.spec.dtype}, {state})"
 
     # -- reading and writing --------------------------------------------------------------------------------
 
@@ -328,14 +222,6 @@ class Table:
             assert len(rows_M) == 0 or 0 <= rows_M[0] <= rows_M[-1] < self.spec.num_rows, "rows that are not there"
             self._store.append(rows_M, values_ME)
             self._uncommitted_rows += len(rows_M)
-
-    def attach_cache(self, cache: CacheLayer | None, reshaped: Any = None) -> None:
-        """Let every method see what `cache` holds; `reshaped` (a bound method) is called when V or K changes."""
-        if self._cache is not None and self._cache is not cache and self._cache.dirty_rows:
-            self._cache.write_back()
-        self._cache = cache
-        if reshaped is not None:
-            self._reshaped = weakref.WeakMethod(reshaped)
 
     def safe_point(self, coming_rows: int = 0) -> None:
         """Between whole operations: commit and merge where a limit asks for it, or do a part of a merge.
@@ -547,11 +433,6 @@ class Table:
             self.scalars = {}
             self._tell_reshaped()
 
-    def _tell_reshaped(self) -> None:
-        callback = self._reshaped() if self._reshaped is not None else None
-        if callback is not None:
-            callback()
-
     def verify(self, progress: Progress | None = None) -> VerifyReport:
         """Read everything and compare it with every check and sum; see `VerifyReport`.
 
@@ -569,87 +450,3 @@ class Table:
         with self.mutex:
             self._check_open()
             return table_stats(self._store, self._cache, self._uncommitted_rows)
-
-    # -- the end --------------------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        """Close the table. Uncommitted changes are discarded, with a warning that counts them. Safe to repeat."""
-        with self.mutex:
-            if self.is_closed:
-                return
-            lost = self._uncommitted_rows + (self._cache.dirty_rows if self._cache is not None else 0)
-            mine = self.pid == os.getpid() and self.mode == "r+" and not self.is_temporary
-            self._finalizer()
-            if lost and mine:
-                warnings.warn(
-                    f"{self.path} was closed without a commit: changes to {lost} rows are discarded. Call commit() "
-                    "before close().",
-                    stacklevel=2,
-                )
-
-    def __del__(self) -> None:
-        # A table that is dropped without close gives the same warning; _finalizer is missing if __init__ failed.
-        if hasattr(self, "_finalizer"):
-            self.close()
-
-    def __enter__(self) -> "Table":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is not None:
-            self._finalizer()  # an exception is in flight: its message matters, not ours
-        else:
-            self.close()
-
-    def _check_open(self) -> None:
-        if self.is_closed:
-            raise TableClosed(f"{self.path} was closed. Open it again with Table.open.")
-        if not self._store.is_writer and not self._store.is_sound:
-            self._store.load()  # a reader that could not be refreshed tries again
-        self._store.check_poison()
-
-    def check_writable(self) -> None:
-        self._check_open()
-        if self.mode != "r+":
-            raise ReadOnlyTable(f"{self.path} is open with mode='r'. Open it with mode='r+' to write.")
-        if self.pid != os.getpid():
-            raise ForkedTable(
-                f"{self.path} belongs to process {self.pid}; this forked child ({os.getpid()}) may only read it. "
-                "Write in the parent, or open the table in the child after the parent closed it."
-            )
-
-    def before_fork(self) -> None:
-        """Wait until nobody is in the middle of a change, so that the child gets a whole table and cache."""
-        self.mutex.acquire()
-
-    def after_fork_in_parent(self) -> None:
-        self.mutex.release()
-
-    def after_fork_in_child(self) -> None:
-        self.mutex = threading.RLock()  # whoever held it does not exist here
-        if self._lock is not None:
-            self._lock.release()
-        if self._store.tokens is not None:
-            self._store.tokens.after_fork_in_child()
-        self._store.is_writer = False  # a read that finds a record moved by the parent looks again, as any reader
-
-
-def _checked_options(
-    *,
-    journal_bytes: int = DEFAULT_JOURNAL_BYTES,
-    index_bytes: int = DEFAULT_INDEX_BYTES,
-    reader: str = "auto",
-    is_temporary: bool = False,
-    mode: str = "r+",
-) -> Limits:
-    """What `open` takes beside path and mode, checked before anything is touched."""
-    if reader not in READERS:
-        raise InvalidArgument(f"reader={reader!r} is unknown; use {', '.join(map(repr, READERS))}.")
-    limits = Limits(checked_integer("journal_bytes", journal_bytes), checked_integer("index_bytes", index_bytes))
-    if is_temporary and mode != "r+":
-        raise InvalidArgument("is_temporary=True removes the table on close, so it needs mode='r+'.")
-    if limits.journal_bytes < 1 or limits.index_bytes < 1:
-        raise InvalidArgument(f"journal_bytes={journal_bytes} and index_bytes={index_bytes} must be positive.")
-    return limits
