@@ -160,9 +160,13 @@ class TorchSource(AheadSource):
     def _map_again(self) -> None:
         shape, dtype = self._tensor.shape, self._tensor.dtype
         self._tensor = None
-        self._tensor = load_tensors(self._file, warn=True).get(self._name)
+        changed = f"{self._file}: the file was changed while it was read."
+        try:
+            self._tensor = load_tensors(self._file, warn=True).get(self._name)
+        except BadSource as error:  # it could be loaded before; torch may have met the old file and the new one
+            raise BadSource(changed) from error
         if self._tensor is None or (self._tensor.shape, self._tensor.dtype) != (shape, dtype):
-            raise BadSource(f"{self._file}: the file was changed while it was read.")
+            raise BadSource(changed)
 
     def fill(self, piece: tuple[int, int], buffer_MD: np.ndarray) -> Block:
         import torch
