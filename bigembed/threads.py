@@ -16,6 +16,7 @@ from typing import Any
 from bigembed.errors import InvalidArgument
 
 GRAIN_ITEMS = 2048  # below this many items a range is not worth a second thread (a dispatch costs ~20 us)
+LIGHT_GRAIN = 1 << 15  # the same for a kernel that does next to nothing with an item
 
 
 class Task:
@@ -97,9 +98,15 @@ class _Pool:
                 submitted.append(task)
             return own_part()
         finally:
-            for task in submitted:
-                task.wait()
+            interrupted: BaseException | None = None
+            for task in submitted:  # every one, whatever comes between: they work on memory of the caller's
+                try:
+                    task.wait()
+                except BaseException as error:
+                    interrupted = error
             self._unfinished.pop(caller, None)
+            if interrupted is not None:
+                raise interrupted
 
     def _start(self) -> None:
         with self._starting:

@@ -27,11 +27,23 @@ def group_by_row(ids_N):
     return np.array(list(places), np.int64), np.array(inverse, np.int64)
 
 
-def sum_by_row(grad_ND, inverse_N, num_unique):
-    sums_UD = np.zeros((num_unique, grad_ND.shape[1]), np.float32)
+def sum_by_row(grad_XD, inverse_N, num_unique, source_N=None, factor_N=None, *, without=-1):
+    sums_UD = np.zeros((num_unique, grad_XD.shape[1]), np.float32)
     for n, u in enumerate(inverse_N):
-        sums_UD[u] = sums_UD[u] + grad_ND[n]
+        grad_D = grad_XD[n if source_N is None else source_N[n]]
+        if u != without:
+            sums_UD[u] = sums_UD[u] + grad_D * np.float32(1.0 if factor_N is None else factor_N[n])
     return sums_UD
+
+
+def square_by_block(sums_UD, block_rows=64):
+    squares = []
+    for first in range(0, len(sums_UD), block_rows):
+        columns = [0.0] * sums_UD.shape[1]
+        for row in sums_UD[first : first + block_rows].tolist():
+            columns = [total + x * x for total, x in zip(columns, row, strict=True)]
+        squares.append(sum(columns, 0.0))
+    return np.array(squares, np.float64)
 
 
 def sum_by_row_in_tree(grad_ND, inverse_N, num_unique):
@@ -565,13 +577,19 @@ def adagrad(rows_SE, slots_U, sums_UD, scale, lr, eps):
             rows_SE[slot, d] -= lr * (g / (np.sqrt(rows_SE[slot, dim + d]) + eps))
 
 
+def sum_in_halves(terms_D):
+    terms = list(terms_D)
+    while len(terms) > 1:
+        half = (len(terms) + 1) // 2
+        terms = [t + terms[half + d] if half + d < len(terms) else t for d, t in enumerate(terms[:half])]
+    return terms[0] if terms else terms_D.dtype.type(0)
+
+
 def rowwise_adagrad(rows_SE, slots_U, sums_UD, scale, lr, eps):
     lr, eps, dim = np.float32(lr), np.float32(eps), sums_UD.shape[1]
     for slot, sum_D in zip(slots_U, sums_UD, strict=True):
-        g_D, total = sum_D * np.float32(scale), np.float32(0)
-        for g in g_D:
-            total = total + g * g
-        rows_SE[slot, dim] += total / np.float32(dim)
+        g_D = sum_D * np.float32(scale)
+        rows_SE[slot, dim] += sum_in_halves(g_D * g_D) / np.float32(dim)
         rate = lr / (np.sqrt(rows_SE[slot, dim]) + eps)
         for d, g in enumerate(g_D):
             rows_SE[slot, d] -= rate * g
@@ -594,7 +612,7 @@ def scale_rows(sums_UD, scale):
 
 
 def row_squares(sums_UD):
-    return np.array([sum((float(g) * float(g) for g in row), 0.0) for row in sums_UD], np.float64)
+    return np.array([sum_in_halves(row * row) for row in sums_UD.astype(np.float64)], np.float64)
 
 
 # --- converting

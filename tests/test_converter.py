@@ -242,7 +242,7 @@ def test_an_existing_target_is_kept_unless_told(npy, glove, tmp_path):
         ({"dtype": "float16"}, "float32"),
         ({"limit": 0}, "limit must be at least 1"),
         ({"rows": 5, "limit": 6}, "need room"),
-        ({"optimizer": "Adamax"}, "Adagrad, Adam, RowwiseAdagrad, SGD"),
+        ({"optimizer": "Adamax"}, "Adagrad, Adam, AdamW, RowwiseAdagrad, SGD"),
         ({"speed": 3}, "The options are format, dim"),
     ],
 )

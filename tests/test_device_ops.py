@@ -73,7 +73,7 @@ def check_sums(device, inverse_N, num_unique, dim, rng):
     sums_UD = device_ops.sum_by_row(tensor(grad_ND, device), tensor(inverse_N, device), num_unique).cpu().numpy()
     assert sums_UD.tobytes() == naive.sum_by_row_in_tree(grad_ND, inverse_N, num_unique).tobytes()
     short_U = np.bincount(inverse_N, minlength=num_unique) <= device_ops.FAN
-    in_order_UD = grouping.sum_by_row(grad_ND, inverse_N, num_unique)
+    in_order_UD, _ = grouping.sum_by_row(grad_ND, inverse_N, num_unique)
     assert sums_UD[short_U].tobytes() == in_order_UD[short_U].tobytes()
     return sums_UD.tobytes() == in_order_UD.tobytes()
 

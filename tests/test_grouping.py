@@ -6,7 +6,7 @@ import pytest
 
 from bigembed import threads
 from bigembed.kernels import grouping
-from bigembed.kernels.grouping import group_by_row, sum_by_row
+from bigembed.kernels.grouping import BLOCK_ROWS, group_by_row, square_by_block, sum_by_row
 
 BIG = (1 << 48) - 1  # the largest row of the largest table
 
@@ -73,20 +73,35 @@ def test_sum_by_row_equals_its_twin():
         rows_U, inverse_N = group_by_row(ids_N)
         for dim in (1, 3, 64):
             grad_ND = addends(rng, ids_N.size, dim)
-            sums_UD = sum_by_row(grad_ND, inverse_N, rows_U.size)
+            sums_UD, squares_B = sum_by_row(grad_ND, inverse_N, rows_U.size)
             assert sums_UD.tobytes() == naive.sum_by_row(grad_ND, inverse_N, rows_U.size).tobytes()
+            assert squares_B.tobytes() == naive.square_by_block(sums_UD).tobytes()
+            assert square_by_block(sums_UD).tobytes() == squares_B.tobytes()
+
+
+def test_sum_by_row_with_sources_factors_and_a_row_left_out():
+    rng = np.random.default_rng(4)
+    for ids_N in batches():
+        rows_U, inverse_N = group_by_row(ids_N)
+        grad_XD = addends(rng, 7, 5)
+        source_N, factor_N = rng.integers(0, 7, ids_N.size), addends(rng, ids_N.size, 1)[:, 0]
+        for without in (-1, 0, rows_U.size - 1):
+            given = grad_XD, inverse_N, rows_U.size, source_N, factor_N
+            sums_UD, squares_B = sum_by_row(*given, without=without)
+            assert sums_UD.tobytes() == naive.sum_by_row(*given, without=without).tobytes()
+            assert squares_B.tobytes() == naive.square_by_block(sums_UD).tobytes()
 
 
 def test_sum_by_row_adds_in_order_of_position():
     huge = np.float32(2**25)
     grad_ND = np.array([[1.0], [huge], [-huge]], np.float32)
     inverse_N = np.zeros(3, np.int64)
-    assert sum_by_row(grad_ND, inverse_N, 1) == 0.0
-    assert sum_by_row(grad_ND[::-1].copy(), inverse_N, 1) == 1.0
+    assert sum_by_row(grad_ND, inverse_N, 1)[0] == 0.0
+    assert sum_by_row(grad_ND[::-1].copy(), inverse_N, 1)[0] == 1.0
 
 
 def test_sum_by_row_starts_from_positive_zero():
-    sums_UD = sum_by_row(np.array([[-0.0, -0.0]], np.float32), np.array([1]), 2)
+    sums_UD, _ = sum_by_row(np.array([[-0.0, -0.0]], np.float32), np.array([1]), 2)
     assert not np.signbit(sums_UD).any()
     np.testing.assert_array_equal(sums_UD, np.zeros((2, 2)))
 
@@ -102,24 +117,33 @@ def test_sum_by_row_has_the_same_bits_for_any_thread_count(num_threads, num_rows
     if num_rows < num_positions:
         backwards = naive.sum_by_row(grad_ND[::-1], inverse_N[::-1], rows_U.size)
         assert backwards.tobytes() != expected.tobytes(), "these addends do not notice their order"
-    assert sum_by_row(grad_ND, inverse_N, rows_U.size).tobytes() == expected.tobytes()
+    sums_UD, squares_B = sum_by_row(grad_ND, inverse_N, rows_U.size)
+    assert sums_UD.tobytes() == expected.tobytes()
+    assert squares_B.tobytes() == square_by_block(sums_UD).tobytes() == naive.square_by_block(expected).tobytes()
 
 
-def test_a_hot_first_row_is_one_owners_share():
-    inverse_N = np.array([0, 0, 0, 0, 0, 0, 1, 2, 3, 4])
-    assert list(grouping._edges_of_equal_work(inverse_N, 5, 2)) == [0, 1, 5]
+def starts(counts):
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
 
 
-def test_owners_cover_every_row_once_and_share_the_work():
+def test_a_hot_first_block_is_one_owners_share():
+    counts = np.ones(5 * BLOCK_ROWS - 3, np.int64)
+    counts[3] = 1000
+    assert list(grouping._edges_of_equal_work(starts(counts), 2)) == [0, 1, 5]
+    assert list(grouping._edges_of_equal_work(starts(counts[::-1]), 2)) == [0, 5, 5]
+
+
+def test_owners_cover_every_block_once_and_share_the_work():
     rng = np.random.default_rng(3)
-    for num_unique in (1, 2, 50):
-        inverse_N = np.sort(np.concatenate([np.arange(num_unique), rng.integers(0, num_unique, 1000)]))
+    for num_unique in (1, 2, BLOCK_ROWS, BLOCK_ROWS + 1, 50 * BLOCK_ROWS - 1):
+        counts = rng.integers(1, 20, num_unique)
+        starts_U1, blocks = starts(counts), -(-num_unique // BLOCK_ROWS)
         for owners in (1, 2, 5, 7):
-            edges = grouping._edges_of_equal_work(inverse_N, num_unique, owners)
+            edges = grouping._edges_of_equal_work(starts_U1, owners)
             assert edges[0] == 0
-            assert edges[-1] == num_unique
+            assert edges[-1] == blocks
             assert edges.size == owners + 1
             assert (np.diff(edges) >= 0).all()
-            if num_unique == 50:
-                work_of_owners = np.diff(np.searchsorted(inverse_N, edges))
-                assert work_of_owners.max() <= inverse_N.size / owners + 2 * np.bincount(inverse_N).max()
+            if blocks == 50:
+                ends = starts_U1[np.minimum(edges * BLOCK_ROWS, num_unique)]
+                assert np.diff(ends).max() <= counts.sum() / owners + 2 * 20 * BLOCK_ROWS

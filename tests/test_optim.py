@@ -29,6 +29,7 @@ from bigembed.spec import StateColumns
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch's own, once a process
 
 D = 4
+RULES = {name: RULES[name] for name in ("SGD", "Adagrad", "RowwiseAdagrad", "Adam")}  # the others: test_momentum.py
 KERNEL_DIM = 5  # no power of two, so that dividing by it is not exact
 KERNELS = {
     "sgd": (0, (0.3,)),

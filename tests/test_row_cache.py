@@ -378,7 +378,6 @@ def test_memory_stays_within_the_budget(budget_bytes):
         ({"budget_bytes": 0}, "budget_bytes must be at least 1, not 0"),
         ({"capacity_rows": -1}, "capacity_rows must be at least 1, not -1"),
         ({"capacity_rows": 9, "ways": 0}, "ways must be at least 1, not 0"),
-        ({"capacity_rows": 9, "device": "meta"}, "'meta' is not supported"),
     ],
 )
 def test_wrong_arguments_say_so(options, message):

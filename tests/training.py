@@ -11,9 +11,11 @@ import bigembed
 CACHE_ROWS = [3, None]  # a cache that holds next to nothing, and one that holds every row
 RULES = {
     "SGD": (bigembed.optim.SGD, {"lr": 0.5}),
+    "momentum": (bigembed.optim.SGD, {"lr": 0.25, "momentum": 0.5, "weight_decay": 0.125, "nesterov": True}),
     "Adagrad": (bigembed.optim.Adagrad, {"lr": 0.25, "lr_decay": 0.125, "initial_accumulator_value": 0.5}),
     "RowwiseAdagrad": (bigembed.optim.RowwiseAdagrad, {"lr": 0.25, "initial_accumulator_value": 0.25}),
     "Adam": (bigembed.optim.Adam, {"lr": 0.0625, "betas": (0.75, 0.875)}),
+    "AdamW": (bigembed.optim.AdamW, {"lr": 0.0625, "betas": (0.75, 0.875), "weight_decay": 0.25}),
 }
 
 

@@ -18,7 +18,7 @@ from bigembed.cache import row_cache
 from bigembed.cache.device_index import DeviceAdmission, make_device_index
 from bigembed.cache.device_ops import ABSENT, Batch, compact, distinct
 from bigembed.cache.device_report import MissReport
-from bigembed.cache.row_cache import RowSource
+from bigembed.cache.located import Protect, RowSource, oldest_protected
 from bigembed.cache.transfer import Transfer, checked_device
 from bigembed.errors import InvalidArgument
 
@@ -103,7 +103,7 @@ class DeviceCache:
         self,
         rows: torch.Tensor | Batch,
         *,
-        protect_step: int | None = None,
+        protect_step: Protect = None,
         admit: bool = True,
         count: bool = True,
     ) -> DeviceLocated:
@@ -246,13 +246,13 @@ class DeviceCache:
         return DeviceLocated(rows_U, slots_U, self._values[:0], nothing, np.empty(0, np.int64), self.step)
 
     def _fetch_missed(
-        self, located: DeviceLocated, missed_M: torch.Tensor, rows_M: np.ndarray, protect_step: int | None, admit: bool
+        self, located: DeviceLocated, missed_M: torch.Tensor, rows_M: np.ndarray, protect_step: Protect, admit: bool
     ) -> DeviceLocated:
         """Slots or places past the cache for the missed rows, rows_M in ascending order on the host."""
         rows_device = located.rows_U[missed_M]
         order = torch.argsort(rows_device)
         if admit:
-            oldest = self.step if protect_step is None else protect_step
+            oldest = oldest_protected(protect_step, self.step)
             admission = self.index.admit(rows_device, self.step, oldest)
             values_ME, slots_host = self._exchange(admission, rows_M, order)
             slots_M = admission.slots_M[order]

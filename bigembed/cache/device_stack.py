@@ -8,7 +8,7 @@ import torch
 from bigembed.cache.device_cache import DeviceCache, DeviceLocated
 from bigembed.cache.device_ops import group
 from bigembed.cache.index import ABSENT
-from bigembed.cache.stack import CacheOptions, CacheStack
+from bigembed.cache.stack import CacheOptions, CacheStack, Take
 from bigembed.cache.staging import PlanningSource
 from bigembed.cache.tiers import HostTier, Tiers
 
@@ -37,12 +37,15 @@ class DeviceStack(CacheStack):
         slots_U = self.hot.index.find(torch.from_numpy(rows_U).to(self.hot.device)).cpu().numpy()
         self._read_ahead(rows_U[slots_U == ABSENT])
 
-    def look_up(self, ids_N: torch.Tensor, **how: Any) -> tuple[torch.Tensor, DeviceLocated, torch.Tensor]:
+    def look_up(
+        self, ids_N: torch.Tensor, take: Take | None = None, *, keep: bool = True, **how: Any
+    ) -> tuple[torch.Tensor, DeviceLocated, torch.Tensor]:
         """As `CacheStack.look_up`, on the device.
 
         Raises:
             RowOutOfRange: an id; nothing has changed.
         """
+        assert take is None
         batch = group(ids_N, self.rows.spec.num_rows)
         located = self.hot.fetch(batch, **how)
         self.staging.tick()
@@ -52,6 +55,9 @@ class DeviceStack(CacheStack):
 
     def fetch(self, rows_U: torch.Tensor, **how: Any) -> DeviceLocated:
         return self.hot.fetch(rows_U, **how)
+
+    def fetch_again(self, gradient: Any, **how: Any) -> DeviceLocated:
+        return self.fetch(gradient.rows_U, **how, count=False)
 
     def update(self, located: DeviceLocated, kernel: Any, device_rule: Any, *args: Any) -> None:
         self.hot.update(located, device_rule, *args)

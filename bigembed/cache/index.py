@@ -13,7 +13,7 @@ import numpy as np
 
 from bigembed import threads
 from bigembed.errors import InvalidArgument
-from bigembed.kernels import policies, probing
+from bigembed.kernels import matching, policies, probing
 from bigembed.kernels.probing import ABSENT
 
 POLICIES = ("lru", "lfu", "sieve", "s3fifo", "next_use")  # by the numbers they have in `kernels.policies`
@@ -56,6 +56,13 @@ class Index(Protocol):
         Args:
             count: False only protects them: a second visit on behalf of the same use, which no policy but LRU
                 should take for another one.
+        """
+
+    def probe_hits(self, ids_N: np.ndarray, step: int) -> tuple[np.ndarray, int] | None:
+        """`probe` of rows that may repeat, where all of them are in the cache: their slots, and how many hits to count.
+
+        None where one is not, or where the policy must see each row once; nothing has changed then. The slots may be
+        the array given.
         """
 
     def admit(self, rows_M: np.ndarray, step: int, protect_step: int) -> Admission:
@@ -126,10 +133,18 @@ class SetIndex:
 
     def probe(self, rows_U: np.ndarray, step: int, *, count: bool = True) -> np.ndarray:
         slots_U = self.find(rows_U)
-        threads.run(probing.touch, slots_U.size, slots_U, step, self.score.reshape(-1))
+        threads.run(probing.touch, slots_U.size, slots_U, step, self.score.reshape(-1), grain=threads.LIGHT_GRAIN)
         if count and self.policy in (policies.LFU, policies.SIEVE, policies.S3FIFO):
             threads.run(policies.use, slots_U.size, self.policy, self.epoch, slots_U, self.mark.reshape(-1))
         return slots_U
+
+    def probe_hits(self, ids_N: np.ndarray, step: int) -> tuple[np.ndarray, int] | None:
+        if self.policy != LRU:
+            return None
+        slots_N = self.find(ids_N)
+        if matching.has(slots_N, ABSENT):
+            return None
+        return slots_N, int(probing.touch_again(slots_N, step, self.score.reshape(-1)))
 
     def admit(self, rows_M: np.ndarray, step: int, protect_step: int) -> Admission:
         assert protect_step >= 1, "an empty way has score 0 and is never protected"
@@ -223,10 +238,17 @@ class IdentityIndex:
         self.loaded = np.zeros(num_rows, np.bool_)
 
     def find(self, rows_U: np.ndarray) -> np.ndarray:
-        return np.where(self.loaded[rows_U], rows_U, ABSENT)
+        slots_U = np.empty_like(rows_U)
+        threads.run(probing.find_loaded, rows_U.size, self.loaded, rows_U, slots_U, grain=threads.LIGHT_GRAIN)
+        return slots_U
 
     def probe(self, rows_U: np.ndarray, step: int, *, count: bool = True) -> np.ndarray:
         return self.find(rows_U)
+
+    def probe_hits(self, ids_N: np.ndarray, step: int) -> tuple[np.ndarray, int] | None:
+        if self.used_slots < self.num_slots and matching.has(self.find(ids_N), ABSENT):
+            return None
+        return ids_N, ids_N.size  # nobody evicts, so nobody asks which are distinct
 
     def admit(self, rows_M: np.ndarray, step: int, protect_step: int) -> Admission:
         self.loaded[rows_M] = True

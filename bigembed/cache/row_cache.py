@@ -8,49 +8,23 @@ One tensor of S slots of E float32 values, plus the index and one dirty byte a s
 read once, a changed row's written once when it leaves. The caller (the table) guards against concurrent use.
 """
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from bigembed import threads
 from bigembed.cache.index import ABSENT, Admission, make_index
+from bigembed.cache.located import Hits, Located, Protect, RowSource, oldest_protected
+from bigembed.cache.slots import allocated
 from bigembed.errors import InvalidArgument
 from bigembed.kernels import rows as row_kernels
-from bigembed.spec import TableSpec
+from bigembed.kernels.matching import places_of
 
 APPEND_BYTES = 16 << 20  # what `write_back` hands over at once: large writes, little memory
-
-
-class RowSource(Protocol):
-    """Where rows come from and go to: the table's base and journal."""
-
-    @property
-    def spec(self) -> TableSpec: ...
-
-    def fetch_rows(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None:
-        """Fill values_ME (float32) with the newest stored values of these rows (int64, ascending, distinct)."""
-
-    def append_rows(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None:
-        """Store changed rows (ascending, distinct), all or none of them; the arrays belong to the source afterwards."""
-
-
-@dataclass(frozen=True, slots=True)
-class Located:
-    """Where the rows of a batch are, until the cache's next fetch, refresh or drop.
-
-    rows_U: int64, the rows.
-    slots_U: int64, the slot of each; S + p means row p of past_PE.
-    past_PE: float32, the rows served past the cache, in ascending order of row.
-    step: the clock at this fetch.
-    """
-
-    rows_U: np.ndarray
-    slots_U: np.ndarray
-    past_PE: torch.Tensor
-    step: int
+_caches = itertools.count()
 
 
 class RowCache:
@@ -60,7 +34,6 @@ class RowCache:
         source: where rows are stored.
         budget_bytes: bounds the memory of values, index and dirty flags (there is always room for one row).
         capacity_rows: the slots, instead of a budget; rounded down to whole sets.
-        device: where values live; this version has "cpu".
         ways: slots of a set; fewer than 16 hit measurably less often than true LRU.
         policy: who makes room, one of `index.POLICIES`.
 
@@ -73,7 +46,6 @@ class RowCache:
         *,
         budget_bytes: int | None = None,
         capacity_rows: int | None = None,
-        device: str | torch.device = "cpu",
         ways: int = 16,
         policy: str = "lru",
     ) -> None:
@@ -82,8 +54,6 @@ class RowCache:
         for name, value in (("budget_bytes", budget_bytes), ("capacity_rows", capacity_rows), ("ways", ways)):
             if value is not None and value < 1:
                 raise InvalidArgument(f"{name} must be at least 1, not {value}.")
-        if torch.device(device).type != "cpu":
-            raise InvalidArgument(f"device {str(device)!r} is not supported; this version caches rows on the cpu.")
         self.source = source
         self.dim, self.width = source.spec.dim, source.spec.row_width
         try:
@@ -96,12 +66,15 @@ class RowCache:
                 policy=policy,
             )
             self.num_slots = self.index.num_slots
-            self.values_SE = torch.empty((self.num_slots, self.width), dtype=torch.float32, device=device)
+            self._values_SE = allocated(self.num_slots, self.width)
         except (MemoryError, RuntimeError, ValueError) as error:  # numpy's and torch's ways to say that there is none
             given = f"budget_bytes={budget_bytes}" if budget_bytes is not None else f"capacity_rows={capacity_rows}"
             raise InvalidArgument(f"a cache of {given} cannot be had: {error}. Make cache_bytes smaller.") from error
         self.step = 0
-        self._values_SE = self.values_SE.numpy()  # the same memory
+        self._moves = next(_caches) << 40  # how often a row may have left its slot, or come to one; as no other cache's
+        self._expects_hits = False  # whether the last fetch found all of its rows
+        self._nothing_past = torch.empty((0, self.width), dtype=torch.float32, device="cpu")
+        self.values_SE = torch.from_numpy(self._values_SE)  # the same memory
         self._dirty_S = np.zeros(self.num_slots, np.bool_)
         self._dirty_slots = 0
         # Rows changed past the cache that the source has not taken yet; None but after a failure.
@@ -114,13 +87,14 @@ class RowCache:
         return self._dirty_slots + (0 if self._unsaved is None else self._unsaved[0].size)
 
     def fetch(
-        self, rows_U: np.ndarray, *, protect_step: int | None = None, admit: bool = True, count: bool = True
+        self, rows_U: np.ndarray, *, protect_step: Protect = None, admit: bool = True, count: bool = True
     ) -> Located:
         """Bring up the newest values of these rows, missed ones with one sorted read; starts a new step.
 
         Args:
             rows_U: int64, distinct.
-            protect_step: rows used at this step or later are not evicted; None protects only this batch.
+            protect_step: rows used at this step or later are not evicted, or a function that says so, which is called
+                where rows miss; None protects only this batch.
             admit: False serves missed rows past the cache and changes nothing in it, not even the step.
             count: False leaves hits and misses out of `stats`: an optimizer's second visit to a forward's rows,
                 which nearly always hits, is no lookup.
@@ -134,11 +108,16 @@ class RowCache:
             slots_U = self.index.probe(rows_U, self.step, count=count)
         else:
             slots_U = self.index.find(rows_U)
-        missed = np.flatnonzero(slots_U == ABSENT)
+        missed = places_of(slots_U, ABSENT)
+        self._expects_hits = not missed.size
+        if not missed.size:
+            self._hits += rows_U.size if admit and count else 0
+            return Located(rows_U, slots_U, self._nothing_past, self.step, self._moves)
         rows_M = rows_U[missed]
         order = np.argsort(rows_M)
         if admit:
-            oldest = self.step if protect_step is None else protect_step
+            self._moves += 1
+            oldest = oldest_protected(protect_step, self.step)
             admission = self.index.admit(rows_M, self.step, oldest)
             values_ME = self._exchange(admission, rows_M, order)
             slots_M = admission.slots_M[order]
@@ -153,14 +132,53 @@ class RowCache:
             self._misses += missed.size
             self._past += past.size
         past_PE = values_ME if past.size == missed.size else values_ME[past]
-        return Located(rows_U, slots_U, torch.from_numpy(past_PE), self.step)
+        return Located(rows_U, slots_U, torch.from_numpy(past_PE), self.step, self._moves)
+
+    def gather_hits(self, ids_N: np.ndarray, keep: bool) -> tuple[torch.Tensor, Hits] | None:
+        """(the weights at each position, (N, D); where they are), if all rows are here; else None, as if never asked.
+
+        What `fetch` and `gather` of the distinct rows would do, but for finding out which these are.
+
+        Args:
+            ids_N: int64, checked; may be memory of the caller's user.
+            keep: whether the second is kept, so that it needs ids of its own.
+        """
+        if not self._expects_hits or self._unsaved is not None:
+            return None
+        found = self.index.probe_hits(ids_N, self.step + 1)
+        if found is None:
+            self._expects_hits = False  # until a fetch finds all of its rows again
+            return None
+        self.step += 1
+        slots_N, hits = found
+        self._hits += hits
+        out_ND = torch.empty((ids_N.size, self.dim), dtype=torch.float32, device="cpu")
+        self._run(row_kernels.gather_slots, ids_N.size, slots_N, out_ND.numpy())
+        if keep:
+            own_N = ids_N.copy()
+            ids_N, slots_N = own_N, own_N if slots_N is ids_N else slots_N
+        return out_ND, Hits(ids_N, slots_N, self._nothing_past, self.step, self._moves)
+
+    def located_again(self, located: Located) -> Located | None:
+        """What `fetch` of the same rows would return, without a search: None where it would have to look.
+
+        A second visit on behalf of the same use, such as an optimizer's; no policy takes note of it.
+        """
+        if located.moves != self._moves or located.past_PE.shape[0] or self._unsaved is not None:
+            return None
+        return Located(located.rows_U, located.slots_U, located.past_PE, self.step, self._moves)
+
+    def run_on(
+        self, located: Located, kernel: Callable[..., Any], count: int, *args: Any, grain: int = threads.GRAIN_ITEMS
+    ) -> None:
+        """Run `kernel(start, stop, values_SE, past_PE, slots_U, *args)` over 0..count: for reading rows."""
+        assert located.step == self.step, "these rows were located before the latest fetch, refresh or drop"
+        self._run(kernel, count, located.past_PE.numpy(), located.slots_U, *args, grain=grain)
 
     def gather(self, located: Located, inverse_N: np.ndarray) -> torch.Tensor:
         """A new (N, D) tensor: the weight of row `rows_U[inverse_N[n]]` at position n."""
-        assert located.step == self.step, "these rows were located before the latest fetch, refresh or drop"
-        out_ND = torch.empty((inverse_N.size, self.dim), dtype=torch.float32, device=self.values_SE.device)
-        past_PE = located.past_PE.numpy()
-        self._run(row_kernels.gather, inverse_N.size, past_PE, located.slots_U, inverse_N, out_ND.numpy())
+        out_ND = torch.empty((inverse_N.size, self.dim), dtype=torch.float32, device="cpu")
+        self.run_on(located, row_kernels.gather, inverse_N.size, inverse_N, out_ND.numpy())
         return out_ND
 
     def update(
@@ -223,13 +241,17 @@ class RowCache:
     def drop(self) -> None:
         """Forget every row, changed ones too: the next fetch reads what the source has."""
         self.step += 1
+        self._moves += 1
         self.index.clear()
         self._dirty_S.fill(False)
         self._dirty_slots = 0
         self._unsaved = None
 
     def stats(self) -> dict[str, int]:
-        """Sizes now; hits, misses, evictions, write-backs and rows past the cache so far, in unique rows."""
+        """Sizes now; hits, misses, evictions, write-backs and rows past the cache so far, in unique rows.
+
+        Where the whole table fits, a lookup that finds all of its rows counts a hit for each position.
+        """
         bytes_per_slot = 4 * self.width + 1 + self.index.bytes_per_slot
         return {
             "capacity_rows": self.num_slots,
@@ -302,7 +324,10 @@ class RowCache:
         self._run(row_kernels.put_rows, slots_M.size, slots_M, values_ME)
 
     def _set_dirty(self, slots_M: np.ndarray, value: bool) -> None:
-        changed = sum(threads.run(row_kernels.set_flags, slots_M.size, self._dirty_S, slots_M, value))
+        counts = threads.run(
+            row_kernels.set_flags, slots_M.size, self._dirty_S, slots_M, value, grain=threads.LIGHT_GRAIN
+        )
+        changed = sum(counts)
         self._dirty_slots += changed if value else -changed
 
     def _run(self, kernel: Callable[..., Any], count: int, *args: Any, grain: int = threads.GRAIN_ITEMS) -> None:

@@ -9,7 +9,8 @@ import torch
 
 from bigembed.cache.coming import ComingUses
 from bigembed.cache.index import ABSENT
-from bigembed.cache.row_cache import Located, RowCache
+from bigembed.cache.located import Located
+from bigembed.cache.row_cache import RowCache
 from bigembed.cache.staging import PlanningSource, Staging
 from bigembed.kernels.grouping import group_by_row
 
@@ -17,6 +18,7 @@ DEFAULT_PREFETCH_BYTES = 64 << 20
 DEFAULT_DEVICE_BYTES = 1 << 30
 CPU = torch.device("cpu")
 UPDATE_GRAIN_ROWS = 256  # rows of an update that are worth a thread
+Take = Callable[[RowCache, Located, np.ndarray], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -83,22 +85,39 @@ class CacheStack:
         missed.sort()
         self.staging.prefetch(missed)
 
-    def look_up(self, ids_N: Any, **how: Any) -> tuple[torch.Tensor, Any, Any]:
+    def look_up(
+        self, ids_N: Any, take: "Take | None" = None, *, keep: bool = True, **how: Any
+    ) -> tuple[torch.Tensor, Any, Any]:
         """(the rows of checked ids as (N, D), where they are, each position's place among them).
 
+        Where all rows were found in the cache the last two may be `Hits` and None: what is not known yet.
+
         Args:
+            keep: whether the last two are kept, for a backward.
+            take: what to make of the rows in place of (N, D): `take(rows, located, inverse_N)`; not on a device.
             how: as in `RowCache.fetch`.
         """
+        if take is None and how["admit"] and how["count"]:
+            found = self.rows.gather_hits(ids_N, keep)
+            if found is not None:
+                self.staging.tick()
+                return *found, None
         rows_U, inverse_N = group_by_row(ids_N)
         located = self.rows.fetch(rows_U, **how)
         self.staging.tick()
         if self._coming is not None:
             self._coming.looked_up(rows_U)
-        return self.rows.gather(located, inverse_N), located, inverse_N
+        out = self.rows.gather(located, inverse_N) if take is None else take(self.rows, located, inverse_N)
+        return out, located, inverse_N
 
     def fetch(self, rows_U: Any, **how: Any) -> Any:
         """`RowCache.fetch` where rows are served: what `update` needs."""
         return self.rows.fetch(rows_U, **how)
+
+    def fetch_again(self, gradient: Any, **how: Any) -> Any:
+        """`fetch` of a gradient's rows; without a search where no row has moved since its forward."""
+        located = None if gradient.located is None else self.rows.located_again(gradient.located)
+        return located if located is not None else self.fetch(gradient.rows_U, **how, count=False)
 
     def update(
         self, located: Any, kernel: Callable[..., Any], device_rule: Callable[..., torch.Tensor], *args: Any

@@ -10,7 +10,8 @@ import numpy as np
 
 from bigembed.cache.device_cache import DeviceCache
 from bigembed.cache.index import ABSENT
-from bigembed.cache.row_cache import Located, RowCache
+from bigembed.cache.located import Located
+from bigembed.cache.row_cache import RowCache
 from bigembed.kernels import rows as row_kernels
 
 
@@ -31,7 +32,7 @@ class HostTier(RowCache):
 
     def _copy(self, located: Located, values_ME: np.ndarray) -> None:
         every = np.arange(located.rows_U.size)
-        self._run(row_kernels.gather, every.size, located.past_PE.numpy(), located.slots_U, every, values_ME)
+        self.run_on(located, row_kernels.gather, every.size, every, values_ME)
 
     def append_rows(self, rows_M: np.ndarray, values_ME: np.ndarray) -> None:
         """Keep changed rows (ascending, distinct): they replace what is here, and are dirty now.
@@ -44,6 +45,7 @@ class HostTier(RowCache):
         """
         self._append_unsaved()
         self.step += 1
+        self._moves += 1
         slots_M = self.index.probe(rows_M, self.step)
         missed = np.flatnonzero(slots_M == ABSENT)
         admission = self.index.admit(rows_M[missed], self.step, self.step)

@@ -20,6 +20,12 @@ def mix64(x):
     return x ^ (x >> _S31)
 
 
+def mixed(x):
+    """`mix64` of a uint64 or an array of them without compiled code: opening a table need not wake Numba (0.4 s)."""
+    with np.errstate(over="ignore"):
+        return getattr(mix64, "py_func", mix64)(x)
+
+
 @nb.njit(nogil=True, cache=True, inline="always")
 def bucket(row, count):
     """A bucket 0..count-1 for a row; count < 2**32. Multiply-shift, so count need not be a power of two."""

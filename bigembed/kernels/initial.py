@@ -13,7 +13,7 @@ import numba as nb
 import numpy as np
 
 from bigembed.init import KINDS
-from bigembed.kernels.hashing import GOLDEN, mix64
+from bigembed.kernels.hashing import GOLDEN, mix64, mixed
 from bigembed.spec import TableSpec
 
 NORMAL, UNIFORM, CONSTANT = (KINDS.index(kind) for kind in ("normal", "uniform", "constant"))
@@ -46,7 +46,7 @@ def initial_rows(spec: TableSpec) -> InitialRows:
         KINDS.index(spec.init.kind),
         spec.init.a,
         spec.init.b,
-        np.uint64(mix64(np.uint64(spec.seed))),
+        np.uint64(mixed(np.uint64(spec.seed))),
         -1 if spec.padding_idx is None else spec.padding_idx,
         spec.dim,
         np.array(spec.state_initial, dtype=np.float32),

@@ -1,11 +1,14 @@
-"""Where the rows of one ascending list stand in another."""
+"""Where rows stand in a list."""
 
 import numba as nb
+import numpy as np
+
+from bigembed.kernels.bare import BARE
 
 ABSENT = -1
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(**BARE)
 def match(rows_M, others_L, usable_L, at_M):
     """at_M[m] = the l with others_L[l] == rows_M[m] and usable_L[l], or ABSENT; returns how many there are.
 
@@ -34,3 +37,58 @@ def match(rows_M, others_L, usable_L, at_M):
         at_M[m] = low if found else ABSENT
         count += found
     return count
+
+
+@nb.njit(**BARE)
+def first_place(rows_U, row):
+    """The first u with rows_U[u] == row, or ABSENT."""
+    for u in range(rows_U.shape[0]):
+        if rows_U[u] == row:
+            return u
+    return ABSENT
+
+
+@nb.njit(**BARE)
+def first_outside(rows_N, num_rows):
+    """The first position with rows_N < 0 or rows_N >= num_rows, or ABSENT."""
+    outside = 0
+    for n in range(rows_N.shape[0]):  # without a way out, so that it is done with vectors
+        outside |= (rows_N[n] < 0) | (rows_N[n] >= num_rows)
+    if outside:
+        for n in range(rows_N.shape[0]):
+            if rows_N[n] < 0 or rows_N[n] >= num_rows:
+                return n
+    return ABSENT
+
+
+@nb.njit(**BARE)
+def has(values_U, value):
+    """Whether a value is among them."""
+    found = 0
+    for u in range(values_U.shape[0]):  # without a way out, so that it is done with vectors
+        found |= values_U[u] == value
+    return found != 0
+
+
+@nb.njit(nogil=True, cache=True)
+def places_of(values_U, value):
+    """The places of a value, int64, ascending: `np.flatnonzero(values_U == value)`, in 1 us where there are none."""
+    count = 0
+    for u in range(values_U.shape[0]):
+        count += values_U[u] == value
+    places = np.empty(count, np.int64)
+    at = 0
+    if count:
+        for u in range(values_U.shape[0]):
+            if values_U[u] == value:
+                places[at] = u
+                at += 1
+    return places
+
+
+def replaced_by_last(values_U: np.ndarray, place: int) -> np.ndarray:
+    """A copy without the value at `place`, where the last one is now."""
+    kept = values_U[:-1].copy()
+    if place < len(kept):
+        kept[place] = values_U[-1]
+    return kept

@@ -7,38 +7,40 @@ A row lives in a way of set `bucket(row, sets)`; slot = set * ways + way.
 
 import numba as nb
 
+from bigembed.kernels.bare import BARE
 from bigembed.kernels.hashing import bucket
+from bigembed.kernels.prefetch import prefetch_item
 
 ABSENT = -1
-BLOCK_ROWS = 128  # their sets, 128 bytes each with 16 ways, stay in the first-level cache
+AHEAD = 16  # rows whose sets are asked for before the loop comes to them
+LINE_KEYS = 8  # in a 64-byte cache line
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(**BARE)
 def find(start, stop, key, rows_U, slots_U):
-    """slots_U[u] = the slot of rows_U[u], or ABSENT. What it returns means nothing."""
+    """slots_U[u] = the slot of rows_U[u], or ABSENT."""
     sets, ways = key.shape
-    loaded = 0
-    for first in range(start, stop, BLOCK_ROWS):
-        last = min(first + BLOCK_ROWS, stop)
-        # The search below leaves its loop at a place no processor can predict, which makes every load wait for
-        # the one before. So a block's sets are loaded first; returning `loaded` keeps the compiler from
-        # dropping that.
-        for u in range(first, last):
-            home = bucket(rows_U[u], sets)
-            slots_U[u] = home
-            loaded ^= key[home, 0] ^ key[home, ways // 2]
-        for u in range(first, last):
-            row, home = rows_U[u], slots_U[u]
-            slot = ABSENT
-            for way in range(ways):
-                if key[home, way] == row:
-                    slot = home * ways + way
-                    break
-            slots_U[u] = slot
-    return loaded
+    for u in range(start, stop):
+        if u + AHEAD < stop:
+            coming = bucket(rows_U[u + AHEAD], sets) * ways
+            for way in range(0, ways, LINE_KEYS):
+                prefetch_item(key, coming + way)
+        row, home, slot = rows_U[u], bucket(rows_U[u], sets), ABSENT
+        for way in range(ways):  # all of them: a way out would be a guess for the processor
+            if key[home, way] == row:
+                slot = home * ways + way
+        slots_U[u] = slot
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(**BARE)
+def find_loaded(start, stop, loaded_S, rows_U, slots_U):
+    """slots_U[u] = rows_U[u] where it is loaded, or ABSENT: `find` of an index with slot = row."""
+    for u in range(start, stop):
+        row = rows_U[u]
+        slots_U[u] = row if loaded_S[row] else ABSENT
+
+
+@nb.njit(**BARE)
 def touch(start, stop, slots_U, step, score_S):
     """score_S = step at each slot of slots_U, skipping ABSENT; slots are distinct, so each has one writer."""
     for u in range(start, stop):
@@ -47,7 +49,18 @@ def touch(start, stop, slots_U, step, score_S):
             score_S[slot] = step
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(**BARE)
+def touch_again(slots_N, step, score_S):
+    """`touch` of slots that may repeat, all in use; returns how many distinct ones there are."""
+    distinct = 0
+    for n in range(slots_N.shape[0]):
+        slot = slots_N[n]
+        distinct += score_S[slot] != step
+        score_S[slot] = step
+    return distinct
+
+
+@nb.njit(**BARE)
 def admit(owner, owners, rows_M, step, protected_from, key, score, slots_M, victims_M, victim_scores_M):
     """Give each missed row of this owner's sets the way with the lowest (score, way) below protected_from.
 
@@ -74,7 +87,7 @@ def admit(owner, owners, rows_M, step, protected_from, key, score, slots_M, vict
                 score[home, chosen] = step
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(**BARE)
 def count_misplaced(key):
     """How many rows sit in a set that is not theirs; 0 in a sound index."""
     sets, ways = key.shape

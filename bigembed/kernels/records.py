@@ -7,7 +7,8 @@ is 0. Keys are odd, so a change of any single word changes the sum; two changes 
 import numba as nb
 import numpy as np
 
-from bigembed.kernels.hashing import GOLDEN, mix64
+from bigembed.kernels.bare import BARE
+from bigembed.kernels.hashing import GOLDEN, mix64, mixed
 from bigembed.kernels.initial import fill_initial_row
 from bigembed.spec import TableSpec
 
@@ -19,19 +20,24 @@ def check_keys(spec: TableSpec) -> np.ndarray:
     """uint64 (W,): the key of each word before the check; the last entry is the table's salt."""
     with np.errstate(over="ignore"):
         ordinals = np.uint64(spec.salt) + np.arange(1, spec.record_words + 1, dtype=np.uint64) * GOLDEN
-        keys = np.array([mix64(x) for x in ordinals], dtype=np.uint64) | _ONE
+        keys = mixed(ordinals) | _ONE
     keys[-1] = np.uint64(spec.salt)
     return keys
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(**BARE)
 def record_check(row, words_W, keys_W):
     """The check of a record whose first W - 1 words are given; never 0."""
-    last = keys_W.shape[0] - 1
     total = np.uint64(0)
-    for w in range(last):
+    for w in range(keys_W.shape[0] - 1):
         total += keys_W[w] * np.uint64(words_W[w])
-    check = mix64(mix64(np.uint64(row) ^ keys_W[last]) ^ total) >> _S32
+    return check_of_sum(row, total, keys_W)
+
+
+@nb.njit(**BARE, inline="always")
+def check_of_sum(row, total, keys_W):
+    """The check of a record whose sum over words of key * word is known."""
+    check = mix64(mix64(np.uint64(row) ^ keys_W[keys_W.shape[0] - 1]) ^ total) >> _S32
     return check if check != 0 else _ONE
 
 
@@ -50,7 +56,7 @@ def seal(start, stop, rows_M, values_ME, keys_W, records_MW):
     return total
 
 
-@nb.njit(nogil=True, cache=True)
+@nb.njit(**BARE)
 def is_zero(words_W):
     """Whether every word is zero: a record that was never written."""
     bits = np.uint32(0)

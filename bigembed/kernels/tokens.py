@@ -9,16 +9,11 @@ the other, each entry's length (7 bits a byte, low ones first, the top bit says 
 blocks_C is where every 16th begins.
 """
 
-from typing import Any
-
 import numba as nb
 import numpy as np
 
+from bigembed.kernels.bare import BARE
 from bigembed.kernels.hashing import GOLDEN, mix64
-
-# Numba counts references to arrays with atomic instructions around every call of one kernel by another, which took
-# three quarters of a look-up. What allocates nothing can do without.
-BARE: dict[str, Any] = {"nogil": True, "cache": True, "_nrt": False}
 
 ABSENT = -1
 BLOCK_ENTRIES = 16  # between two places in blocks_C

@@ -6,9 +6,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from bigembed.errors import InvalidArgument
+from bigembed.errors import BigembedError, InvalidArgument
+from bigembed.optim.ranks import check_ranks
 from bigembed.optim.trainable import TrainableTable
 from bigembed.spec import StateColumns
+
+
+class CannotCopyOptimizer(BigembedError, TypeError):
+    """An optimizer was to be copied or pickled."""
 
 
 class TableOptimizer(torch.optim.Optimizer):
@@ -38,6 +43,22 @@ class TableOptimizer(torch.optim.Optimizer):
         is_groups = isinstance(modules, list | tuple) and modules and isinstance(modules[0], dict)
         super().__init__(modules if is_groups else [{"params": modules}], defaults)
         self._attach()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise CannotCopyOptimizer(
+            f"a {type(self).__name__} cannot be copied: one optimizer trains a table. Keep its state_dict(), and make "
+            "another one for the copy of the module."
+        )
+
+    def __reduce__(self) -> Any:
+        return self.__deepcopy__({})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # a state_dict of an earlier version has fewer hyperparameters
+            for name, value in self.defaults.items():
+                if name != "differentiable":  # torch's, put there by the line above
+                    group.setdefault(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Train more tables: {"params": modules, "lr": ...}, modules as in the constructor."""
@@ -71,13 +92,14 @@ class TableOptimizer(torch.optim.Optimizer):
         self._tables.update(found)
         return [table.handle for table in found.values()]
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every row with a pending gradient, by one fused kernel a table.
 
         Raises:
-            NoOptimizer: a newer optimizer has taken the table over.
+            NoOptimizer: a newer optimizer has taken the table over. RanksWouldDiverge: see `optim.ranks`.
         """
+        for table in self._tables.values():
+            check_ranks(table)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -89,10 +111,9 @@ class TableOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the pending gradients."""
-        super().zero_grad(set_to_none)
-        if set_to_none:
-            for table in self._tables.values():
-                table.drop_pending()
+        for group in self.param_groups:
+            for handle in group["params"]:
+                self._tables[id(handle)].pending.zero(set_to_none)
 
     # -- what a rule says -----------------------------------------------------------------------------------
 

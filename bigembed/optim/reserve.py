@@ -5,7 +5,10 @@ from bigembed.errors import InvalidArgument
 from bigembed.optim.optimizer import TableOptimizer
 from bigembed.spec import StateColumns
 
-RULES: dict[str, type[TableOptimizer]] = {name: getattr(optim, name) for name in optim.__all__}
+_OFFERED = {name: getattr(optim, name) for name in optim.__all__}
+RULES: dict[str, type[TableOptimizer]] = {
+    name: rule for name, rule in _OFFERED.items() if isinstance(rule, type) and issubclass(rule, TableOptimizer)
+}
 
 
 def state_of_rule(name: str, dim: int) -> tuple[str, tuple[StateColumns, ...]]:

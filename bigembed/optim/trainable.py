@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from bigembed.cache.device_stack import make_stack
 from bigembed.cache.row_cache import RowCache
-from bigembed.cache.stack import CacheOptions
+from bigembed.cache.stack import CacheOptions, Take
 from bigembed.errors import NoOptimizer, StaleGraph, StateMismatch, StorageFailed, TableClosed
 from bigembed.kernels.grouping import group_by_row
 from bigembed.optim.device_gradient import moved
@@ -25,15 +25,29 @@ if TYPE_CHECKING:
     from bigembed.optim.optimizer import TableOptimizer
 
 
+CLASS_NAMES = {"sgd": "SGD", "adamw": "AdamW"}
+
+
 class Ticket:
-    """Held by a forward's graph: while it lives, rows used since its step should stay in the cache."""
+    """Held by a forward's graph: while it lives, rows used since its step should stay in the cache.
 
-    __slots__ = ("__weakref__", "options", "rollbacks", "step")
+    Args:
+        held: where it stands as long as it lives, its step under its number.
+    """
 
-    def __init__(self, step: int, rollbacks: int, options: CacheOptions) -> None:
+    __slots__ = ("_held", "options", "rollbacks", "step")
+
+    def __init__(self, step: int, rollbacks: int, options: CacheOptions, held: dict[int, int] | None = None) -> None:
         self.step = step
         self.rollbacks = rollbacks
         self.options = options
+        self._held = held
+        if held is not None:
+            held[id(self)] = step
+
+    def __del__(self) -> None:
+        if self._held is not None:
+            self._held.pop(id(self), None)
 
 
 class TrainableTable:
@@ -51,9 +65,10 @@ class TrainableTable:
         arrived = weakref.WeakMethod(self.pending.arrived)
         self.handle.register_post_accumulate_grad_hook(lambda _: _call(arrived))
         self.handle.requires_grad_(table.mode == "r+")
-        self._tickets: weakref.WeakSet[Ticket] = weakref.WeakSet()
+        self._tickets: dict[int, int] = {}  # the step of each ticket alive
         self._optimizer: weakref.ref[TableOptimizer] | None = None
         self._rollbacks = table.rollbacks
+        self.rank_local = False  # whether other ranks have tables of their own
         self.rebuild_cache()
 
     def rebuild_cache(self) -> None:
@@ -81,6 +96,11 @@ class TrainableTable:
     def cache(self) -> RowCache:
         """The host's cache."""
         return self.caches.rows
+
+    @property
+    def options(self) -> CacheOptions:
+        """What the caches were made with."""
+        return self._options
 
     # -- on a device ----------------------------------------------------------------------------------------
 
@@ -128,36 +148,43 @@ class TrainableTable:
 
     # -- forward --------------------------------------------------------------------------------------------
 
-    def look_up(self, ids_N: Any, needs_grad: bool) -> tuple[torch.Tensor, Any, Any, Ticket | None]:
-        """The rows of ids: (N, D) float32; and for backward rows_U, inverse_N and a ticket.
+    def look_up(
+        self, ids_N: Any, needs_grad: bool, take: Take | None = None, *, count: bool = True
+    ) -> tuple[torch.Tensor, Any, Any, Ticket | None]:
+        """The rows of ids: (N, D) float32; and for backward where they are, inverse_N and a ticket.
+
+        Where they are is `Hits`, and inverse_N None, where that is not known yet; not with `take`.
 
         Args:
             ids_N: int64, a checked array; with a device tier any ids, a tensor there, as rows_U and inverse_N are.
+            take: what to make of the rows in place of (N, D), see `CacheStack.look_up`.
+            count: whether hits and misses go into `stats`.
 
         Raises:
             RowOutOfRange: an id, where they are not checked yet.
         """
         with self.table.mutex:
             self._check_open()
-            out_ND, located, inverse_N = self.caches.look_up(ids_N, **self._how_to_fetch())
+            out_ND, located, inverse_N = self.caches.look_up(
+                ids_N, take, keep=needs_grad, **self._how_to_fetch(), count=count
+            )
             rollbacks, options = self.table.rollbacks, self._options
         ticket = None
         if needs_grad:
-            ticket = Ticket(located.step, rollbacks, options)
-            self._tickets.add(ticket)
-        return out_ND, located.rows_U, inverse_N, ticket
+            ticket = Ticket(located.step, rollbacks, options, self._tickets)
+        return out_ND, located, inverse_N, ticket
 
     def _how_to_fetch(self) -> dict[str, Any]:
         # A forked child must not evict: it could not store what it evicts.
         admit = self.table.may_write or self.table.mode == "r"
-        return {"protect_step": self._protect_step(), "admit": admit}
+        return {"protect_step": self._protect_step, "admit": admit}
 
     def _check_open(self) -> None:
         if self.table.is_closed:  # rows that are still in the cache would be served
             raise TableClosed(f"{self.table.path} was closed. Open it again with bigembed.Embedding.open.")
 
     def _protect_step(self) -> int | None:
-        steps = [ticket.step for ticket in self._tickets]
+        steps = list(self._tickets.values())
         if self.pending.oldest_step is not None:
             steps.append(self.pending.oldest_step)
         return min(steps, default=None)
@@ -189,9 +216,6 @@ class TrainableTable:
             )
         self.pending.add(gradient)
 
-    def drop_pending(self) -> None:
-        self.pending.drop()
-
     # -- step -----------------------------------------------------------------------------------------------
 
     @property
@@ -204,7 +228,7 @@ class TrainableTable:
         self.table.check_writable()
         owner = self.table.spec.owner
         if owner not in (None, rule) and not reset and self.table.has_rows:
-            named = "".join(part.title() for part in str(owner).split("_"))
+            named = CLASS_NAMES.get(str(owner)) or "".join(part.title() for part in str(owner).split("_"))
             raise StateMismatch(
                 f"the records of {self.table.path} hold the state of {owner}, not of {rule}. Use "
                 f"bigembed.optim.{named}, or give that state up with reset_state=True."
@@ -223,7 +247,10 @@ class TrainableTable:
         shape = [(block.name, block.width) for block in state]
         as_it_was = spec.owner == optimizer.rule and [(b.name, b.width) for b in spec.state] == shape
         as_it_was = as_it_was and (self.table.has_rows or spec.state == state)
-        untouched = not state and spec.owner is None  # a rule without state leaves reserved columns alone
+        untouched = not state and spec.owner in (
+            None,
+            optimizer.rule,
+        )  # a rule without state leaves reserved columns alone
         if reset or not (as_it_was or untouched):
             owner = optimizer.rule if state else None
             with tqdm(total=None, desc=f"state columns for {optimizer.rule}", disable=None, leave=False) as bar:
@@ -244,7 +271,7 @@ class TrainableTable:
         with self.table.mutex:
             self.table.safe_point(len(gradient.rows_U))
             self._check_open()
-            located = self.caches.fetch(gradient.rows_U, **self._how_to_fetch(), count=False)
+            located = self.caches.fetch_again(gradient, **self._how_to_fetch())
             steps = int(self.table.scalars.get("step", 0)) + 1
             kernel, args = optimizer._kernel(group, steps)
             self.table.scalars = {"rule": optimizer.rule, "step": steps, **_plain(group)}
@@ -268,11 +295,15 @@ def _plain(group: dict[str, Any]) -> dict[str, Any]:
     """A group's hyperparameters in the form a commit record can hold."""
     plain: dict[str, Any] = {}
     for name, value in group.items():
-        if isinstance(value, torch.Tensor):
-            value = value.item()
-        if name != "params" and isinstance(value, int | float | bool | str | list | tuple | None):
-            plain[name] = list(value) if isinstance(value, tuple) else value
+        value = [_unwrapped(part) for part in value] if isinstance(value, list | tuple) else _unwrapped(value)
+        if name != "params" and isinstance(value, int | float | bool | str | list | None):
+            plain[name] = value
     return plain
+
+
+def _unwrapped(value: Any) -> Any:
+    """A tensor's or NumPy's number as Python's."""
+    return value.item() if isinstance(value, np.generic | torch.Tensor) else value
 
 
 def _show(bar: Any, done: int, total: int) -> None:
@@ -288,11 +319,11 @@ def _call(method: "weakref.WeakMethod[Any]") -> None:
 
 def trainable_of(table: Table, options: CacheOptions) -> TrainableTable:
     """The one TrainableTable of a table in this process; made at the first call, whose options count."""
-    known = _trainables.get(id(table))
+    known = open_trainables.get(id(table))
     if known is None or known.table is not table:
         known = TrainableTable(table, options)
-        _trainables[id(table)] = known
+        open_trainables[id(table)] = known
     return known
 
 
-_trainables: "weakref.WeakValueDictionary[int, TrainableTable]" = weakref.WeakValueDictionary()
+open_trainables: "weakref.WeakValueDictionary[int, TrainableTable]" = weakref.WeakValueDictionary()

@@ -1,8 +1,12 @@
 """Base: the Zarr chunks as raw records, read by row and written by the merge."""
 
+from typing import Any
+
 import numpy as np
 
+from bigembed import threads
 from bigembed.errors import DamagedRow
+from bigembed.kernels.mapped import fill_new, gather_mapped
 from bigembed.kernels.records import count_and_sum, first_damaged
 from bigembed.spec import TableSpec
 from bigembed.storage import files
@@ -27,7 +31,9 @@ class Base:
         self.chunks = ChunkFiles(table_path, spec)
         self._spec = spec
         self.is_mapped = reader == "mapped" or (reader == "auto" and spec.num_chunks * spec.chunk_bytes <= MAPPED_BYTES)
-        self._reader = MappedReader(self.chunks, MAPPED_BYTES) if self.is_mapped else ColdReader(self.chunks)
+        # Who asks for maps of a large table has it in the page cache: its pages are there once, mapped or not.
+        budget_bytes = max(MAPPED_BYTES, memory_limit_bytes() // 2) if reader == "mapped" else MAPPED_BYTES
+        self._reader = MappedReader(self.chunks, budget_bytes) if self.is_mapped else ColdReader(self.chunks)
         self._writing: dict[int, files.File] = {}
         self.is_larger_than_memory = len(self.chunks.present) * spec.chunk_bytes > memory_limit_bytes() // 2
 
@@ -38,6 +44,25 @@ class Base:
         """The raw records of ascending rows, zeros where nothing was ever written; checks are the caller's."""
         chunk_M, offset_M = self._spec.locate(rows_M)
         self._reader.read(chunk_M, offset_M, out_MW)
+
+    def gather(self, rows_N: np.ndarray, keys_W: np.ndarray, initial: Any, checks: bool, out_NX: np.ndarray) -> bool:
+        """Rows in any order, straight from the maps into out_NX; False where it cannot be done or one is damaged."""
+        reader = self._reader
+        if not isinstance(reader, MappedReader):
+            return False
+        try:
+            memory = reader.memory()
+        except (files.StorageFailed, FileNotFoundError):
+            return False  # a writer beside us may be changing the files: who reads by other means looks again
+        if memory is None:
+            return False
+        shift, is_new_N = self._spec.chunk_rows.bit_length() - 1, np.empty(len(rows_N), np.bool_)
+        given = rows_N, *memory, shift, keys_W, checks, out_NX.view(np.uint32), is_new_N
+        is_sound = max(threads.run(gather_mapped, len(rows_N), *given)) < 0
+        reader.touched(len(rows_N), len(keys_W))
+        if is_sound and is_new_N.any():
+            threads.run(fill_new, len(rows_N), rows_N, is_new_N, initial, out_NX)
+        return is_sound
 
     def read_stretch(self, row: int, count: int) -> np.ndarray:
         """`count` raw records from `row` on, all of one chunk, in one read: uint32 (count, W)."""

@@ -132,10 +132,11 @@ class Journal:
 
     def _index(self, rows_M: np.ndarray, first_place: int) -> None:
         places_M = first_place + np.arange(len(rows_M), dtype=np.int64) * self._spec.record_bytes
-        old_M = self.active.index.find(rows_M)
-        kept = (old_M != NOWHERE) & (old_M < self.retained_place)
-        if kept.any():  # first: a Ctrl-C between the two must not lose where the retained ones are
-            self.active.superseded.put(rows_M[kept], old_M[kept])
+        if self.retained_place != NOWHERE:
+            old_M = self.active.index.find(rows_M)
+            kept = (old_M != NOWHERE) & (old_M < self.retained_place)
+            if kept.any():  # first: a Ctrl-C between the two must not lose where the retained ones are
+                self.active.superseded.put(rows_M[kept], old_M[kept])
         self.active.index.put(rows_M, places_M)
 
     def _note_commit(self, commit: Commit, place: int) -> None:

@@ -74,6 +74,27 @@ def _gather_records(start, stop, map_B, offset_M, out_MW):
             out_MW[m, w] = map_B[first + w]
 
 
+MAX_MAPPED_CHUNKS = 4096
+
+
+class _Stretch:
+    """Memory from an address on, with these maps in it, which stay as long as this does, and with what is between."""
+
+    def __init__(self, address: int, words: int, maps: list[mmap.mmap]) -> None:
+        self._maps = maps
+        self.__array_interface__ = {"version": 3, "data": (address, True), "shape": (words,), "typestr": "<u4"}
+
+
+def _joined(address_C: np.ndarray, chunk_bytes: int, maps: list[mmap.mmap]) -> tuple[np.ndarray, np.ndarray]:
+    """What `MappedReader.memory` returns, for the addresses of the chunks."""
+    is_there = address_C >= 0
+    if not is_there.any():
+        return np.empty(0, np.uint32), address_C
+    lowest, highest = int(address_C[is_there].min()), int(address_C.max())
+    words_A = np.asarray(_Stretch(lowest, (highest + chunk_bytes - lowest) // 4, maps))
+    return words_A, np.where(is_there, (address_C - lowest) // 4, -1)
+
+
 class MappedReader:
     """Gathers straight from read-only maps of the chunk files, trimmed when `budget_bytes` of pages were touched.
 
@@ -86,6 +107,8 @@ class MappedReader:
         self._budget_bytes = budget_bytes
         self._maps: dict[int, tuple[mmap.mmap, np.ndarray]] = {}
         self._touched_bytes = 0
+        self._memory: tuple[np.ndarray, np.ndarray] | None = None
+        self._memory_of = (0, 0)  # chunks, and files
 
     def read(self, chunk_M: np.ndarray, offset_M: np.ndarray, out_MW: np.ndarray) -> None:
         for chunk, start, stop in _spans(chunk_M):
@@ -94,8 +117,31 @@ class MappedReader:
                 continue
             words = self._map(chunk)
             threads.run(_gather_records, stop - start, words, offset_M[start:stop], out_MW[start:stop])
-            self._touched_bytes += (stop - start) * (PAGE_BYTES + out_MW.shape[1] * 4)
-            self._trim()
+            self.touched(stop - start, out_MW.shape[1])
+
+    def memory(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """(words_A, first_C): memory with the maps of all chunks in it, and where each begins, -1 without a file.
+
+        None where there are too many chunks to map them all. It holds until `close`, and as long as no chunk is added.
+        """
+        spec, present = self._chunks.spec, self._chunks.present
+        if spec.num_chunks > MAX_MAPPED_CHUNKS:
+            return None
+        if self._memory is None or self._memory_of != (spec.num_chunks, len(present)):
+            address_C = np.full(spec.num_chunks, -1, np.int64)
+            for chunk in present:
+                if chunk < spec.num_chunks:
+                    address_C[chunk] = self._map(chunk).ctypes.data
+            maps = [whole for whole, _ in self._maps.values()]
+            self._memory = _joined(address_C, spec.chunk_bytes, maps)
+            self._memory_of = (spec.num_chunks, len(present))
+        return self._memory
+
+    def touched(self, records: int, record_words: int) -> None:
+        """Count that so many records were touched; trims where they may be more than the budget."""
+        mapped_bytes = len(self._maps) * self._chunks.spec.chunk_bytes
+        self._touched_bytes = min(mapped_bytes, self._touched_bytes + records * (PAGE_BYTES + record_words * 4))
+        self._trim()
 
     def _map(self, chunk: int) -> np.ndarray:
         if chunk not in self._maps:
@@ -121,6 +167,7 @@ class MappedReader:
             self._touched_bytes = 0
 
     def close(self) -> None:
+        self._memory = None
         self._maps.clear()  # a map is released with its last array
 
 

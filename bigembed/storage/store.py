@@ -197,6 +197,12 @@ class RecordStore:
         for start in range(0, len(rows_M), step):
             self._fetch_slice(rows_M[start : start + step], out_ME[start : start + step])
 
+    def gather(self, rows_N: np.ndarray, out_NX: np.ndarray, checks: bool) -> bool:
+        """The newest values of rows in any order, where all of them can be had from maps of the base; else False."""
+        if not self.base.is_mapped or (self.journal.find(rows_N) != NOWHERE).any():
+            return False
+        return self.base.gather(rows_N, self.keys_W, self.initial, checks, out_NX)
+
     def _fetch_slice(self, rows_M: np.ndarray, out_ME: np.ndarray) -> None:
         for attempt in range(READER_ROUNDS):
             try:

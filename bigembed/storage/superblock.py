@@ -29,7 +29,7 @@ class Commit:
         parent: the generation it was made from.
         num_rows: V as of this commit.
         note: the user's words; "auto" where the table committed by itself.
-        time: seconds since 1970.
+        time: seconds since 1970; a rollback's is that of the generation whose rows it has.
         explicit: made by a user's call, so kept restorable until the next explicit one.
         scalars: what optimizers keep beside their rows (rule, step count, hyperparameters).
         payload: the user's JSON.

@@ -2,26 +2,23 @@
 
 import json
 import os
-import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from bigembed.errors import (
-    InvalidArgument,
-    NotRestorable,
-    StateMismatch,
-    TableMissing,
-)
+from bigembed import threads
+from bigembed.errors import InvalidArgument, NotRestorable, StateMismatch, TableMissing
 from bigembed.init import InitialValues
+from bigembed.kernels.grouping import group_by_row
+from bigembed.kernels.rows import gather
 from bigembed.spec import StateColumns
 from bigembed.storage import rewrite, upkeep
 from bigembed.storage.aside import put_back
 from bigembed.storage.create import absolute_path, checked_integer, create_table
 from bigembed.storage.open_table import DEFAULT_INDEX_BYTES, DEFAULT_JOURNAL_BYTES, OpenTable, checked_limits
 from bigembed.storage.read_ahead import ReadAhead
-from bigembed.storage.rows import checked_rows, last_of_each
+from bigembed.storage.rows import checked_out, checked_rows, last_of_each
 from bigembed.storage.stats import table_stats
 from bigembed.storage.superblock import Commit
 from bigembed.storage.upkeep import Progress
@@ -137,27 +134,45 @@ class Table(OpenTable):
 
     # -- reading and writing --------------------------------------------------------------------------------
 
-    def read(self, rows: Sequence[int] | np.ndarray, *, with_state: bool = False) -> np.ndarray:
+    def read(
+        self,
+        rows: Sequence[int] | np.ndarray,
+        *,
+        with_state: bool = False,
+        check: bool = True,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
         """The newest values of rows, in the order given.
 
         Args:
             rows: integers 0 <= row < V, any shape, may repeat.
             with_state: give the K state columns too.
+            check: False takes records as they are where the table is mapped (`reader`): faster, and damage is data.
+            out: float32 of the shape returned, C-contiguous, to be filled instead of a new array.
 
         Returns:
             float32 (*rows.shape, D), or (*rows.shape, D + K). At most M records are read, M distinct rows.
 
         Raises:
             RowOutOfRange: names the row, its position and the valid range. DamagedRow: names file and row.
+            InvalidArgument: out is no such array.
         """
         with self.mutex:
             self._check_open()
             rows_N = checked_rows(rows, self.spec.num_rows)
-            distinct_M, inverse_N = np.unique(rows_N, return_inverse=True)
-            values_ME = np.empty((len(distinct_M), self.spec.row_width), np.float32)
-            self._read_newest(distinct_M, values_ME)
             width = self.spec.row_width if with_state else self.spec.dim
-        return values_ME[inverse_N.reshape(-1), :width].reshape(*np.shape(rows), width)
+            out = checked_out(out, (*np.shape(rows), width))
+            out_NX = out.reshape(len(rows_N), width)
+            if self._cache is None and self._store.gather(rows_N, out_NX, check):
+                return out
+            rows_U, inverse_N = group_by_row(rows_N)
+            order_U = np.argsort(rows_U)
+            place_U = np.empty_like(order_U)
+            place_U[order_U] = np.arange(len(order_U))
+            values_UE = np.empty((len(rows_U), self.spec.row_width), np.float32)
+            self._read_newest(rows_U[order_U], values_UE)
+            threads.run(gather, len(rows_N), values_UE, values_UE[:0], place_U, inverse_N, out_NX)
+        return out
 
     def write(self, rows: Sequence[int] | np.ndarray, values: Any) -> None:
         """Set the weights of rows, as `weight[rows] = values` would; the rows' optimizer state stays.
@@ -298,12 +313,15 @@ class Table(OpenTable):
             if target != self.generation:
                 old, head = restorable[target], self._store.journal.head
                 note = f"rollback to {target}"
+                # Whose rows it has, through any number of rollbacks: who kept that generation's number can come back.
+                # With its time: a twin made by copying the folder has other rows under that number, of another time.
+                origin = target if old.rollback_to is None else old.parent
                 commit = Commit(
                     head.number + 1,
-                    target,
+                    origin,
                     old.num_rows,
                     note,
-                    time.time(),
+                    old.time,
                     True,
                     old.scalars,
                     old.payload,

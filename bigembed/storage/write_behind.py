@@ -52,7 +52,7 @@ class WriteBehind:
 
     @property
     def memory_bytes(self) -> int:
-        return self._records_B.nbytes + sum(frame.values_ME.nbytes for frame in self._frames)
+        return self._records_B.nbytes + sum(f.values_ME.nbytes + f.rows_M.nbytes for f in self._frames)
 
     @property
     def tasks(self) -> list[threads.Task]:

@@ -1,0 +1,72 @@
+"""AdamW over the rows of a batch: Adam with weight decay that does not pass through its averages.
+
+Source: Loshchilov, Hutter, "Decoupled weight decay regularization", ICLR 2019; torch.optim.AdamW.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bigembed.errors import InvalidArgument
+from bigembed.kernels import decay
+from bigembed.optim import device_rules
+from bigembed.optim.hyperparameters import are_betas, at_least
+from bigembed.optim.optimizer import TableOptimizer
+from bigembed.spec import StateColumns
+
+
+class AdamW(TableOptimizer):
+    """A row with a gradient in every step goes, to float32 rounding, where torch.optim.AdamW takes it.
+
+    w *= 1 - lr * weight_decay; m += (1 - b1)(g - m); v += (1 - b2)(g**2 - v);
+    w -= lr * m' / (sqrt(v') + eps), m' = m / (1 - b1**t), v' = v / (1 - b2**t), t counting the table's steps.
+
+    A row without a gradient keeps w, m and v as they are: it neither decays nor glides on. The record grows by 2 D
+    float32 columns.
+
+    Args:
+        modules: see TableOptimizer. lr: learning rate. betas: decay of m and of v, each in [0, 1).
+        eps: added to the root of v'. weight_decay: how fast w shrinks, times lr. maximize: climb instead.
+
+    Note:
+        torch.optim.AdamW moves every row at every step. eps stands inside the bias correction as there, while `Adam`
+        has it outside, as torch.optim.SparseAdam.
+    """
+
+    rule = "adamw"
+    device_rule = staticmethod(device_rules.adamw)
+
+    def __init__(
+        self,
+        modules: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        reset_state: bool = False,
+    ) -> None:
+        facts = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(modules, facts, reset_state)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
+        are_betas(group)
+        at_least(0.0, group, "weight_decay")
+        if not group["eps"] > 0.0:
+            raise InvalidArgument(f"eps must be above 0, not {group['eps']}.")
+
+    @classmethod
+    def state_columns(cls, dim: int, group: dict[str, Any]) -> tuple[StateColumns, ...]:
+        return StateColumns("exp_avg", dim), StateColumns("exp_avg_sq", dim)
+
+    def _kernel(self, group: dict[str, Any], step: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        lr = float(group["lr"])
+        beta1, beta2 = map(float, group["betas"])
+        # m' / (sqrt(v') + eps), with the corrections taken out of the row's loop.
+        root = math.sqrt(1 - beta2**step)
+        facts = lr * root / (1 - beta1**step), 1 - beta1, 1 - beta2, group["eps"] * root
+        return decay.adamw, tuple(map(np.float32, (*facts, 1 - lr * float(group["weight_decay"]))))
