@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from bigembed.convert.export import export as export_file
     from bigembed.convert.nearest import nearest
     from bigembed.nn.embedding import Embedding
+    from bigembed.nn.embedding_bag import EmbeddingBag
     from bigembed.nn.lookahead import lookahead
     from bigembed.storage.copy import copy_table
     from bigembed.vocab.hashed import HashBuckets, HashVocab, NgramHash
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BigembedError",
     "Embedding",
+    "EmbeddingBag",
     "HashBuckets",
     "HashVocab",
     "NgramHash",
@@ -51,6 +53,7 @@ _ON_DEMAND = {
     "NgramHash": ("bigembed.vocab.hashed", "NgramHash"),
     "Vocabulary": ("bigembed.vocab.vocabulary", "Vocabulary"),
     "Embedding": ("bigembed.nn.embedding", "Embedding"),
+    "EmbeddingBag": ("bigembed.nn.embedding_bag", "EmbeddingBag"),
     "lookahead": ("bigembed.nn.lookahead", "lookahead"),
     "nearest": ("bigembed.convert.nearest", "nearest"),
     "optim": ("bigembed.optim", None),

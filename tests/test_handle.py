@@ -13,6 +13,7 @@ from training import batches, coefficients, plain_twin, rows_and_state, small_em
 import bigembed
 from bigembed import optim
 from bigembed.errors import BigembedError, InvalidArgument, NoOptimizer
+from bigembed.nn.transforms import HookOnHandle
 
 D = 4
 LR = 0.25
@@ -573,19 +574,6 @@ def test_rows_of_a_forward_stay_cached_for_its_step(tmp_path, holds):
         assert emb.stats()["cache"]["misses"] == before["misses"]
 
 
-@SOME_CACHES
-def test_the_second_derivative_is_refused(tmp_path, caches):
-    emb = small_embedding(tmp_path, **caches)
-    opt = optim.SGD(emb)
-    rows = emb(torch.tensor([1, 2]))
-    (grad,) = torch.autograd.grad(rows.pow(3).sum(), emb.handle, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-    before = rows_and_state(emb).tobytes()
-    opt.step()
-    assert rows_and_state(emb).tobytes() == before
-
-
 def test_a_gradient_penalty_on_the_rows_themselves_works(pair):
     """The second derivative of what stands above the lookup, which is one more first derivative of it."""
 
@@ -625,6 +613,36 @@ def test_modules_on_one_table_share_everything(tmp_path):
     assert torch.equal(weights(modules[2]), expected)
     modules[0].requires_grad_(False)
     assert not modules[2](torch.tensor([1])).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["embedding", "bag", "weights of samples", "compiled", "compiled bag"])
+def test_a_hook_on_the_handle_would_see_nothing_and_says_so(tmp_path, kind):
+    """`for p in model.parameters(): p.register_hook(clamp)` changes dense gradients; a table's it cannot reach."""
+    table = small_table(tmp_path)
+    if "bag" in kind or "weights" in kind:
+        module = bigembed.EmbeddingBag.open(table, bag_mode="sum")
+    else:
+        module = bigembed.Embedding.open(table)
+    opt = optim.SGD(module, lr=1.0)
+    ids = torch.tensor([[1, 2]])
+    given = (ids, None, torch.ones(1, 2, requires_grad=True)) if "weights" in kind else (ids,)
+    torch._dynamo.reset()
+    run = torch.compile(module, backend="aot_eager") if "compiled" in kind else module
+    seen = []
+    hook = module.handle.register_hook(lambda grad: seen.append(grad) or grad.clamp(-0.5, 0.5))
+    with pytest.raises(HookOnHandle, match=r"rows\.register_hook.*register_post_accumulate_grad_hook"):
+        run(*given).sum().backward()
+    assert module.pending_gradient() is None
+    module.zero_grad()
+    hook.remove()
+    norms = []
+    module.handle.register_post_accumulate_grad_hook(lambda p: norms.append(p.grad.clone()))
+    run(*given).sum().backward()
+    assert torch.equal(norms[0], module.handle.grad)
+    assert norms[0] > 0
+    assert seen == []
+    opt.step()
+    torch._dynamo.reset()
 
 
 def test_a_backward_without_an_optimizer_names_the_ways_out(tmp_path):

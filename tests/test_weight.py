@@ -1,5 +1,9 @@
 """`module.weight`: indexing and filling as a dense weight does it, and refusals where that would deceive."""
 
+import copy
+import io
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +13,7 @@ from training import small_embedding, weights
 
 import bigembed
 from bigembed.errors import BigembedError, InvalidArgument, InvalidIds, ReadOnlyTable, RowOutOfRange
-from bigembed.nn.weight import RowsCopy, WeightUseError
+from bigembed.nn.weight import RowsCopy, WeightAttributeError, WeightUseError
 
 V, D = 50, 4
 MASK = [n % 7 == 2 for n in range(V)]
@@ -206,6 +210,61 @@ def test_adding_to_rows_by_item_is_refused_and_says_how(emb):
     assert torch.equal(weights(emb), before)
 
 
+def test_zeroing_rows_as_models_do_says_how(emb):
+    """`module.weight.data[module.padding_idx].zero_()`."""
+    with pytest.raises(InvalidArgument, match=r"weight\[ids\] = 0\.0 for zeros.*padding_idx is zeros already"):
+        emb.weight.data[7].zero_()
+    emb.weight[7] = 0.0
+    assert not weights(emb)[7].any()
+
+
+def test_what_is_saved_or_copied_is_plain(emb, tmp_path):
+    """A file must not need this library, nor a copy protect what it is not."""
+    rows, dense = emb.weight[[1, 2]], weights(emb)[[1, 2]]
+    file = io.BytesIO()
+    torch.save({"rows": rows, "part": rows[0]}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    for result in (
+        loaded["rows"],
+        copy.deepcopy(rows),
+        copy.copy(rows),
+        pickle.loads(pickle.dumps(rows)),
+        rows.clone(),
+    ):
+        assert type(result) is torch.Tensor
+        assert torch.equal(result, dense)
+    assert torch.equal(loaded["part"], dense[0])
+    copied = copy.deepcopy(rows).zero_()
+    assert torch.equal(rows, dense)
+    assert not copied.any()
+    both = copy.deepcopy([rows, rows])
+    assert both[0] is both[1]
+
+
+def test_rows_may_become_a_parameter(emb, tmp_path):
+    """A small nn.Embedding made of a few rows trains, is copied and saved as any other."""
+    before, dense = weights(emb), weights(emb)[:5]
+    plain, twin = (nn.Embedding.from_pretrained(rows, freeze=False) for rows in (emb.weight[:5], dense.clone()))
+    for layer in (plain, twin):
+        opt = torch.optim.Adam(layer.parameters(), lr=0.5)
+        layer(torch.tensor([1, 1, 3])).pow(2).sum().backward()
+        nn.utils.clip_grad_norm_(layer.parameters(), 0.1)
+        opt.step()
+        with torch.no_grad():
+            layer.weight[2] += 1.0
+            layer.weight.data[4].zero_()
+    assert isinstance(plain.weight, nn.Parameter)
+    assert torch.equal(plain.weight.detach().clone(), twin.weight)
+    copied = copy.deepcopy(plain)
+    torch.save(plain.state_dict(), tmp_path / "a.pt")
+    copied.load_state_dict(torch.load(tmp_path / "a.pt", weights_only=True))
+    assert type(copied.weight) is nn.Parameter
+    assert copied.weight.requires_grad
+    assert torch.equal(copied.weight, twin.weight)
+    assert torch.equal(weights(emb), before)
+
+
 def test_a_copy_is_otherwise_a_tensor(emb):
     rows, dense = emb.weight[[1, 2]], weights(emb)[[1, 2]]
     assert isinstance(rows, RowsCopy)
@@ -337,6 +396,17 @@ def test_what_would_need_the_whole_weight_is_refused(emb, name):
         NEEDS_ALL[name](emb.weight)
     assert isinstance(caught.value, BigembedError)
     assert isinstance(caught.value, TypeError)
+
+
+@pytest.mark.parametrize("std", [0.02, 100.0], ids=["by rejection", "by search"])
+def test_a_truncated_normal_is_refused_before_anything_changes(emb, std):
+    """nn.init.trunc_normal_ has no way for a weight that is no tensor: it would stop with half of it done."""
+    before = weights(emb)
+    with pytest.raises(WeightAttributeError, match=r"weight\.normal_\(mean, std\).*by blocks: weight\[a:b\] ="):
+        nn.init.trunc_normal_(emb.weight, std=std)
+    assert torch.equal(weights(emb), before)
+    emb.weight[0:9] = nn.init.trunc_normal_(torch.empty(9, D), std=std)
+    assert not torch.equal(weights(emb)[:9], before[:9])
 
 
 def test_tying_a_weight_is_refused(emb):

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from bigembed.nn.transforms import check_backward, handle_gradient
 from bigembed.optim.device_gradient import DeviceRowGradient
-from bigembed.optim.pending import RowGradient
+from bigembed.optim.pending import Gradient, RowGradient
 from bigembed.optim.trainable import TrainableTable
 
 
@@ -18,35 +18,51 @@ class Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, handle: torch.Tensor, trainable: TrainableTable, ids_N: Any, padding_idx: int | None
+        ctx: Any, handle: torch.Tensor, trainable: TrainableTable, ids_N: Any, padding_idx: int | None, count: bool
     ) -> torch.Tensor:
-        out_ND, ctx.rows_U, ctx.inverse_N, ctx.ticket = trainable.look_up(ids_N, needs_grad=True)
-        ctx.trainable, ctx.kept_U = trainable, _kept(ctx.rows_U, padding_idx)
+        out_ND, located, inverse_N, ctx.ticket = trainable.look_up(ids_N, needs_grad=True, count=count)
+        ctx.trainable, ctx.padding_idx, ctx.inverse_N = trainable, padding_idx, inverse_N
+        if trainable.has_device_tier:
+            ctx.rows_U, ctx.kept_U = located.rows_U, _kept(located.rows_U, padding_idx)
+        else:
+            ctx.located = located if inverse_N is None else located.for_later()
         return out_ND
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        kind = DeviceRowGradient if isinstance(ctx.rows_U, torch.Tensor) else RowGradient
-        grad_ND = grad_ND.detach().to(torch.float32).contiguous()
-        gradient = kind.summed(grad_ND, ctx.rows_U, ctx.inverse_N, ctx.ticket.step)
-        if ctx.kept_U is not None:
-            gradient.rows_U, gradient.sums_UD = gradient.rows_U[ctx.kept_U], gradient.sums_UD[ctx.kept_U]
-        ctx.trainable.add_gradient(gradient, ctx.ticket)
-        return torch.zeros(1, dtype=torch.float32, device=grad_ND.device), None, None, None
+    def backward(ctx: Any, given_ND: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        check_backward(ctx.next_functions[0][0])
+        grad_ND = given_ND.detach().to(torch.float32).contiguous()
+        # What the forward saved says where it ran; the rows may be served elsewhere by now.
+        gradient_of = _device_gradient if isinstance(ctx.inverse_N, torch.Tensor) else _host_gradient
+        ctx.trainable.add_gradient(gradient_of(ctx, grad_ND), ctx.ticket)
+        return handle_gradient(given_ND), None, None, None, None
 
 
-def _kept(rows_U: Any, padding_idx: int | None) -> Any:
+def _host_gradient(ctx: Any, grad_ND: torch.Tensor) -> Gradient:
+    located, inverse_N = (ctx.located, ctx.inverse_N) if ctx.inverse_N is not None else ctx.located.grouped()
+    known = {"padding_idx": ctx.padding_idx, "located": located}
+    return RowGradient.summed(grad_ND, located.rows_U, inverse_N, ctx.ticket.step, **known)
+
+
+def _device_gradient(ctx: Any, grad_ND: torch.Tensor) -> Gradient:
+    gradient = DeviceRowGradient.summed(grad_ND, ctx.rows_U, ctx.inverse_N, ctx.ticket.step)
+    if ctx.kept_U is not None:
+        gradient.rows_U, gradient.sums_UD = gradient.rows_U[ctx.kept_U], gradient.sums_UD[ctx.kept_U]
+    return gradient
+
+
+def _kept(rows_U: torch.Tensor, padding_idx: int | None) -> torch.Tensor | None:
     """Which rows get a gradient, None for all; found in the forward, which has just waited for the device anyway."""
-    if padding_idx is None:
-        return None
-    kept_U = rows_U != padding_idx
-    return kept_U.nonzero().squeeze(1) if isinstance(kept_U, torch.Tensor) else kept_U
+    return None if padding_idx is None else (rows_U != padding_idx).nonzero().squeeze(1)
 
 
-def look_up(trainable: TrainableTable, ids_N: Any, padding_idx: int | None) -> torch.Tensor:
-    """The rows of ids, (N, D), recorded for backward where grad mode and the handle ask for it."""
+def look_up(trainable: TrainableTable, ids_N: Any, padding_idx: int | None, count: bool = True) -> torch.Tensor:
+    """The rows of ids, (N, D), recorded for backward where grad mode and the handle ask for it.
+
+    Args:
+        count: False where the rows were just looked up for another purpose, and counted.
+    """
     handle = trainable.handle
     if torch.is_grad_enabled() and handle.requires_grad:
-        return Lookup.apply(handle, trainable, ids_N, padding_idx)
-    return trainable.look_up(ids_N, needs_grad=False)[0]
+        return Lookup.apply(handle, trainable, ids_N, padding_idx, count)
+    return trainable.look_up(ids_N, needs_grad=False, count=count)[0]

@@ -22,7 +22,10 @@ def checked_ids(ids: torch.Tensor, num_rows: int, device: torch.device | None = 
         RowOutOfRange: names the id, its position and the valid range.
     """
     check_tensor(ids, torch.device("cpu") if device is None else device)
-    ids_N = ids.detach().reshape(-1).to("cpu", torch.int64).contiguous().numpy()
+    flat = ids.detach().reshape(-1)
+    if flat.dtype != torch.int64 or flat.device.type != "cpu":
+        flat = flat.to("cpu", torch.int64)
+    ids_N = flat.contiguous().numpy()
     check_range(ids_N, num_rows)
     return ids_N
 

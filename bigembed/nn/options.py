@@ -1,10 +1,12 @@
 """What a user may choose for a module, checked before anything is made."""
 
+import numbers
 import os
 import secrets
 import tempfile
 from typing import Any
 
+import numpy as np
 import torch
 
 from bigembed.cache.stack import DEFAULT_PREFETCH_BYTES, CacheOptions
@@ -20,11 +22,46 @@ class InvalidEmbedding(InvalidArgument, AssertionError):
     """padding_idx is not a row, or given rows have the wrong shape (torch raises AssertionError for these)."""
 
 
-def check_supported(max_norm: Any, scale_grad_by_freq: bool, dtype: Any) -> None:
-    if max_norm is not None or scale_grad_by_freq:
-        raise InvalidArgument("max_norm and scale_grad_by_freq are not supported by this version; leave them out.")
+class NotANumber(InvalidArgument, TypeError):
+    """max_norm or norm_type is no number (torch raises TypeError for it, at the first lookup)."""
+
+
+def check_dtype(dtype: Any) -> None:
     if dtype not in (None, torch.float32):
         raise InvalidArgument(f"dtype {dtype} is not supported; this version stores torch.float32.")
+
+
+class NoMetaDevice(InvalidArgument):
+    """A module was to be made on the meta device."""
+
+
+def check_not_meta(device: Any) -> None:
+    """Raises NoMetaDevice: device="meta", which stands for tensors without memory; a table needs none anyway."""
+    if device is not None and str(device).split(":")[0] == "meta":
+        raise NoMetaDevice(
+            "device='meta' is for weights that shall take no memory yet, and a table takes none: its rows are on disk, "
+            "and a row that was never written costs nothing. Leave device out, or name where the module shall run; "
+            "to_empty() and .to() of the model around it work then."
+        )
+
+
+def checked_number(name: str, value: Any) -> float:
+    """A number as torch's kernels take it: True is 1.0, a tensor of no dimension what it holds.
+
+    Raises:
+        NotANumber: it is none.
+    """
+    is_scalar = isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex()
+    if not is_scalar and not isinstance(value, numbers.Real | np.bool_):
+        raise NotANumber(f"{name} must be a number, not {value!r}. Use a float, or leave {name} out.")
+    return float(value)
+
+
+def check_norms(max_norm: Any, norm_type: Any) -> None:
+    """Raises NotANumber: max_norm is neither None nor a number, or norm_type is none."""
+    if max_norm is not None:
+        checked_number("max_norm", max_norm)
+        checked_number("norm_type", norm_type)
 
 
 def checked_padding(padding_idx: int | None, num_rows: int) -> int | None:

@@ -1,12 +1,27 @@
-"""Tokens in, vectors out, with gradients: what `Embedding.embed` does."""
+"""Tokens in, vectors out, with gradients: what `Embedding.embed` does; and the vocabulary that a module shows."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
+from bigembed.errors import NoVocabulary
+from bigembed.storage.table import Table
 from bigembed.vocab.vectors import Tokens, parts_of_tokens
 from bigembed.vocab.vocabulary import Vocabulary
+
+
+class NoVocabularyHere(NoVocabulary, AttributeError):
+    """`vocab` of a module whose table has no vocabulary: so `hasattr`, `getattr(emb, "vocab", None)` and tools that
+    walk a module's attributes pass over it."""
+
+
+def vocabulary_of(table: Table) -> Vocabulary:
+    """The table's vocabulary; NoVocabularyHere where it has none."""
+    try:
+        return Vocabulary.open(table)
+    except NoVocabulary as error:
+        raise NoVocabularyHere(str(error)) from error
 
 
 def embed_tokens(lookup: nn.Module, vocabulary: Vocabulary, tokens: Tokens, unknown: Any) -> torch.Tensor:

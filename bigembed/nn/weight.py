@@ -1,9 +1,11 @@
 """WeightView: what `module.weight` is where the weight is not in memory."""
 
+import copy
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from bigembed import init
 from bigembed.errors import BigembedError, InvalidArgument
@@ -23,21 +25,36 @@ class WeightAttributeError(WeightUseError, AttributeError):
 
 
 class RowsCopy(torch.Tensor):
-    """Rows read from a table. In-place operations raise: they would change this copy, not the table."""
+    """Rows read from a table. In-place operations raise: they would change this copy, not the table.
+
+    What leaves it is plain: a clone, a deep copy, what is pickled or saved. `nn.Parameter(weight[ids])` is a
+    parameter of its own, which may be changed in place.
+    """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
         target: Any = args[0] if args else next(iter(kwargs.values()), None)
-        is_copy = isinstance(target, RowsCopy)
+        is_copy = isinstance(target, RowsCopy) and not getattr(target, "_is_param", False)
         in_place = name in IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
         if is_copy and (in_place or kwargs.get("inplace")) and name != "requires_grad_":
             raise InvalidArgument(
-                f"{name} would change a copy of the rows, not the table. Use weight[ids] = values, or clone() first."
+                f"{name} would change a copy of the rows, not the table. Use weight[ids] = values (weight[ids] = 0.0 "
+                "for zeros; the row padding_idx is zeros already after weight.normal_()), or clone() first."
             )
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
             return _views_protected(result, target.untyped_storage().data_ptr()) if is_copy else result
+
+    def _plain(self) -> torch.Tensor:
+        plain = self.as_subclass(torch.Tensor)
+        return nn.Parameter(plain.detach(), self.requires_grad) if getattr(self, "_is_param", False) else plain
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._plain().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return copy.deepcopy(self._plain(), memo)
 
 
 def _views_protected(result: Any, memory: int) -> Any:
@@ -48,6 +65,12 @@ def _views_protected(result: Any, memory: int) -> Any:
     if is_view and result.untyped_storage().data_ptr() == memory:
         return result.as_subclass(RowsCopy)
     return result
+
+
+def row_blocks(num_rows: int, dim: int) -> list[tuple[int, int]]:
+    """(first, last) of stretches of rows, each of a size that may be in memory."""
+    step = max(1, STREAM_BYTES // (4 * dim))
+    return [(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
 
 
 def _new(shape: tuple[int, ...]) -> torch.Tensor:
@@ -93,9 +116,22 @@ class WeightView:
     def requires_grad(self) -> bool:
         return self._trainable.handle.requires_grad
 
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "WeightView":
+        """Train the rows or leave them alone, for every module on the table."""
+        self._trainable.handle.requires_grad_(requires_grad)
+        return self
+
     @property
     def data(self) -> "WeightView":
         return self
+
+    @data.setter
+    def data(self, values: Any) -> None:
+        self.copy_(values)
 
     def detach(self) -> "WeightView":
         return self
@@ -190,8 +226,7 @@ class WeightView:
         return self
 
     def _blocks(self) -> "list[tuple[int, int]]":
-        step = max(1, STREAM_BYTES // (4 * self.shape[1]))
-        return [(first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step)]
+        return row_blocks(*self.shape)
 
     # -- not a tensor ---------------------------------------------------------------------------------------
 
@@ -214,6 +249,12 @@ class WeightView:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or not hasattr(torch.Tensor, name):
             raise AttributeError(f"'WeightView' object has no attribute {name!r}")
+        if name == "is_meta":  # before it has changed anything
+            raise WeightAttributeError(
+                "nn.init.trunc_normal_ asks for is_meta and then draws the whole weight in memory, and this one is on "
+                "disk. weight.normal_(mean, std) costs nothing on a new table; for values that are truncated, write "
+                "them by blocks: weight[a:b] = nn.init.trunc_normal_(torch.empty(b - a, dim), std=std)."
+            )
         raise WeightAttributeError(_needs_all(name))
 
 
