@@ -101,6 +101,19 @@ def memory_bytes() -> dict[str, int]:
     return {name: int(fields[field].split()[0]) * 1024 for name, field in names.items()}
 
 
+def bar(work: str, figure: float, limit: float, sense: str = "least") -> dict[str, Any]:
+    """A figure beside the bar that it has to reach: at least `limit`, or at most (sense "most")."""
+    passed = figure >= limit if sense == "least" else figure <= limit
+    return {"work": work, "figure": figure, "sense": sense, "bar": limit, "passed": bool(passed)}
+
+
+def print_bars(bars: list[dict[str, Any]]) -> None:
+    """One line a bar, passed or missed."""
+    for one in bars:
+        verdict = "pass" if one["passed"] else "MISSED"
+        print(f"{verdict:6} {one['work']}: {one['figure']:.2f}, at {one['sense']} {one['bar']:.2f}", flush=True)
+
+
 def write_result(name: str, result: dict[str, Any]) -> Path:
     """Keep a result as JSON, with command, commit and machine."""
     import torch

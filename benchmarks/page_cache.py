@@ -1,10 +1,11 @@
-"""The kernel's page cache as a cache of records: how often a record is in memory when it is read, measured.
+"""The kernel's page cache: how much of it is a file's, and as a cache of records how often one is found there.
 
 Run as a program inside a memory cgroup: reads the records of a trace with pread after POSIX_FADV_RANDOM, asks for
 each first with RWF_NOWAIT, which fails unless every page of it is in memory, and prints hits per batch as JSON.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import sys
@@ -13,7 +14,41 @@ from pathlib import Path
 import numpy as np
 
 PAGE_BYTES = 4096
+CACHESTAT = 451  # its number as a system call, the same on every machine
 MARGIN_BYTES = 4 << 20  # between what the reader itself takes and the limit set below
+
+
+def resident_bytes(array: np.ndarray) -> int:
+    """How much of an array's pages is in memory (mincore): its own pages, or for a map those of the page cache."""
+    if not array.nbytes:
+        return 0
+    first = array.ctypes.data & ~(PAGE_BYTES - 1)
+    count = array.ctypes.data + array.nbytes - first
+    flags_P = np.zeros(-(-count // PAGE_BYTES), np.uint8)
+    where = (ctypes.c_void_p(first), ctypes.c_size_t(count), ctypes.c_void_p(flags_P.ctypes.data))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mincore(*where):
+        raise OSError(ctypes.get_errno(), "mincore")
+    return int(np.count_nonzero(flags_P & 1)) * PAGE_BYTES
+
+
+def file_cache_bytes(paths: list[str]) -> int:
+    """How much of these files the page cache holds; of files that one may not write the kernel tells nothing."""
+    total = 0
+    for path in paths:
+        if os.stat(path).st_size:
+            counted = _cachestat_bytes(path)
+            total += resident_bytes(np.memmap(path, np.uint8, "r")) if counted is None else counted
+    return total
+
+
+def _cachestat_bytes(path: str) -> int | None:
+    """The same in one call a file, however large it is; None where the kernel is older than 6.5."""
+    whole, found = (ctypes.c_uint64 * 2)(0, 0), (ctypes.c_uint64 * 5)()
+    with open(path, "rb") as file:
+        where = (ctypes.c_long(CACHESTAT), ctypes.c_uint(file.fileno()), ctypes.byref(whole), ctypes.byref(found))
+        failed = ctypes.CDLL(None).syscall(*where, ctypes.c_uint(0))
+    return None if failed else int(found[0]) * PAGE_BYTES
 
 
 def write_records(path: str, num_bytes: int) -> None:
