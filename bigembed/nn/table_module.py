@@ -263,7 +263,10 @@ class TableModule(TableCopies):
         refuse_weight(self)
 
     def reset_parameters(self) -> None:
-        """Every row from N(0, 1), then zeros in row padding_idx; state of an optimizer stays. Cost as `normal_`."""
+        """Every row from N(0, 1), then zeros in row padding_idx; state of an optimizer stays. Cost as `normal_`.
+
+        A subclass's own is called by the constructor, as torch's is, unless `_weight` or `init` is given.
+        """
         self.weight.normal_()
         self._fill_padding_idx_with_zero()
 
