@@ -73,12 +73,10 @@ def rates(
 
 def _seconds(way: Way, gather: Gather, draw: Draw, count: int, drop: Stored | None = None) -> float:
     ids_N = draw(way.num_rows, count)
-    if way.takes_sorted:
-        ids_N.sort()
     gather(ids_N[:16])  # what is compiled, allocated or opened at first is not counted
     if drop is not None:
         drop_page_cache(drop.files)
-        ids_N = np.sort(draw(way.num_rows, count)) if way.takes_sorted else draw(way.num_rows, count)
+        ids_N = draw(way.num_rows, count)
     start = time.perf_counter()
     out = gather(ids_N)
     seconds = time.perf_counter() - start
@@ -89,8 +87,6 @@ def _seconds(way: Way, gather: Gather, draw: Draw, count: int, drop: Stored | No
 def _check(way: Way, gather: Gather, stored: Stored, draw: Draw) -> None:
     """A way that gives other rows than the table is no way."""
     ids_N = draw(way.num_rows, 64)
-    if way.takes_sorted:
-        ids_N.sort()
     with Table.open(stored.path, "r", reader="cold") as table:
         expected_ND = table.read(ids_N)
     if not np.array_equal(np.asarray(gather(ids_N)), expected_ND):

@@ -24,7 +24,11 @@ from bigembed import Table, init
 
 LOADED_BYTES = 64 << 20  # rows that index_select's tensor gets at once
 PREAD_THREADS = 32
-COLD, MAPPED, UNCHECKED = "Table.read", "Table.read, mapped", "mapped, no checks"  # names that the bars are about
+COLD, MAPPED, UNCHECKED = (
+    "Table.read",
+    "Table.read(out=), mapped",
+    "Table.read(out=, check=False), mapped",
+)  # names that the bars are about
 PREADS, INDEX_SELECT = f"pread, {PREAD_THREADS} threads", "index_select(out=), in RAM"
 _pread: Any = types.ExternalFunction("pread", types.int64(types.int32, types.uintp, types.int64, types.int64))
 
@@ -88,7 +92,7 @@ class Way:
     """One way to gather.
 
     name: as printed. num_rows: ids are below it. open: gives the gather. is_ours: or a peer.
-    is_single_call: one call of a library, no threads that the caller made. takes_sorted: ids must ascend.
+    is_single_call: one call of a library, no threads that the caller made.
     """
 
     name: str
@@ -96,7 +100,6 @@ class Way:
     open: Callable[[], contextlib.AbstractContextManager[Gather]]
     is_ours: bool = False
     is_single_call: bool = True
-    takes_sorted: bool = False
 
 
 def cold_ways(stored: Stored) -> list[Way]:
@@ -116,10 +119,9 @@ def warm_ways(stored: Stored) -> list[Way]:
     rows = stored.num_rows
     return [
         Way(INDEX_SELECT, rows, partial(index_select, stored)),
-        Way(MAPPED, rows, partial(table_read, stored, "mapped"), is_ours=True),
+        Way(MAPPED, rows, partial(mapped_read, stored, True), is_ours=True),
         Way("Table.read, cold reader", rows, partial(table_read, stored, "cold"), is_ours=True),
-        Way(UNCHECKED, rows, partial(unchecked, stored, True), is_ours=True),
-        Way("reader alone, sorted ids", rows, partial(unchecked, stored, False), is_ours=True, takes_sorted=True),
+        Way(UNCHECKED, rows, partial(mapped_read, stored, False), is_ours=True),
         *cold_ways(stored)[1:],
     ]
 
@@ -143,31 +145,18 @@ def table_read(stored: Stored, reader: str) -> Iterator[Gather]:
 
 
 @contextlib.contextmanager
-def unchecked(stored: Stored, sorts: bool) -> Iterator[Gather]:
-    """The mapped reader below the table: records as they are, into memory that is used again.
-
-    There is no public way to leave the checks out. With `sorts`, ids come as `Table.read` takes them and rows go out
-    in their order; without it they must be ascending, and what comes out is the records.
-    """
+def mapped_read(stored: Stored, check: bool) -> Iterator[Gather]:
+    """`Table.read` of a mapped table into memory that is used again, as index_select's `out=`."""
     with Table.open(stored.path, "r", reader="mapped") as table:
-        base, words, buffers = table._store.base, table.spec.record_words, {}
+        room_ND = np.empty((0, stored.dim), np.float32)
 
-        def buffer(name: str, rows: int, width: int) -> np.ndarray:
-            if (name, rows) not in buffers:
-                buffers.clear()
-                buffers[name, rows] = np.zeros((rows, width), np.uint32)
-            return buffers[name, rows]
+        def gather(ids_N: np.ndarray) -> np.ndarray:
+            nonlocal room_ND
+            if len(ids_N) > len(room_ND):
+                room_ND = np.zeros((len(ids_N), stored.dim), np.float32)
+            return table.read(ids_N, check=check, out=room_ND[: len(ids_N)])
 
-        def in_order(ids_N: np.ndarray) -> np.ndarray:
-            records_MW = buffer("records", len(ids_N), words)
-            base.read(ids_N, records_MW)
-            return records_MW[:, :-1].view(np.float32)
-
-        def sorted_first(ids_N: np.ndarray) -> np.ndarray:
-            rows_M, inverse_N = np.unique(ids_N, return_inverse=True)
-            return in_order(rows_M)[inverse_N]
-
-        yield sorted_first if sorts else in_order
+        yield gather
 
 
 # -- peers over the table's own bytes -----------------------------------------------------------------------

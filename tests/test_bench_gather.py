@@ -188,8 +188,6 @@ def test_every_way_gives_the_tables_rows(stored: Any) -> None:
         assert {"Table.read", "tensorstore", "zarr-python", "h5py", "np.memmap"} <= ways.keys()
         for way in ways.values():
             ids_N = np.concatenate([[way.num_rows - 1, 0, 5, 5], rng.integers(0, way.num_rows, 100)])
-            if way.takes_sorted:
-                ids_N.sort()
             with way.open() as gather:
                 for given_N in (ids_N, ids_N[:1], ids_N):
                     np.testing.assert_array_equal(np.asarray(gather(given_N)), table.read(given_N), err_msg=way.name)
@@ -238,6 +236,7 @@ def test_slow_ways_get_fewer_ids() -> None:
 
 def test_bars_hold_the_figures_against_the_issue() -> None:
     from gather_bars import bars
+    from gather_ways import MAPPED, UNCHECKED
 
     def case(kind: str, row_bytes: int, rates: dict[str, float], peers: tuple[str, ...] = (), **facts: Any) -> Any:
         ways = {
@@ -251,7 +250,7 @@ def test_bars_hold_the_figures_against_the_issue() -> None:
         return {"kind": kind, "row_bytes": row_bytes, "ids": 100, "distribution": "uniform", "ways": ways, **facts}
 
     cold = {"Table.read": 96.0, "pread, 32 threads": 90.0, "np.memmap": 30.0, "h5py": 33.0}
-    warm = {"index_select(out=), in RAM": 100.0, "mapped, no checks": 90.0, "Table.read, mapped": 51.0}
+    warm = {"index_select(out=), in RAM": 100.0, UNCHECKED: 90.0, MAPPED: 51.0}
     cached = {"nn.Embedding": 100.0, "Embedding, all fits": 101.0, "Embedding, through the hash": 60.0}
     found = bars(
         [

@@ -68,8 +68,10 @@ class Hits:
     def grouped(self) -> tuple[Located, np.ndarray]:
         """(where the distinct rows are, each position's place among them)."""
         rows_U, inverse_N = group_by_row(self.ids_N)
-        slots_U = np.empty_like(rows_U)
-        take_first(inverse_N, self.slots_N, slots_U)
+        slots_U = rows_U
+        if self.slots_N is not self.ids_N:
+            slots_U = np.empty_like(rows_U)
+            take_first(inverse_N, self.slots_N, slots_U)
         return Located(rows_U, slots_U, self.nothing_past, self.step, self.moves), inverse_N
 
 

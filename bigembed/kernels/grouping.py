@@ -6,6 +6,7 @@ import numpy as np
 from bigembed import threads
 from bigembed.kernels.bare import BARE
 from bigembed.kernels.hashing import GOLDEN, mix64
+from bigembed.kernels.prefetch import ROWS_AHEAD, prefetch_row
 
 GRAIN_VALUES = 1 << 17  # gradient values (512 KiB) below which another thread is not worth its dispatch
 BLOCK_ROWS = 64  # rows whose squares are added together, fixed so that no bit depends on the threads
@@ -170,6 +171,9 @@ def _sum_blocks(start, stop, grad_XD, source_N, factor_N, order_N, starts_U1, wi
             if begin == end:
                 sum_D[:] = np.float32(0.0)
             for j in range(begin, end):
+                if j + ROWS_AHEAD < order_N.shape[0]:  # its positions lie anywhere in the batch
+                    n = order_N[j + ROWS_AHEAD]
+                    prefetch_row(grad_XD, source_N[n] if source_N.shape[0] else np.int64(n), dim)
                 n = order_N[j]
                 grad_D = grad_XD[source_N[n] if source_N.shape[0] else np.int64(n)]
                 factor = factor_N[n] if factor_N.shape[0] else np.float32(1.0)

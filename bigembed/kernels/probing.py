@@ -36,6 +36,8 @@ def find(start, stop, key, rows_U, slots_U):
 def find_loaded(start, stop, loaded_S, rows_U, slots_U):
     """slots_U[u] = rows_U[u] where it is loaded, or ABSENT: `find` of an index with slot = row."""
     for u in range(start, stop):
+        if u + AHEAD < stop:
+            prefetch_item(loaded_S, rows_U[u + AHEAD])
         row = rows_U[u]
         slots_U[u] = row if loaded_S[row] else ABSENT
 
@@ -54,6 +56,8 @@ def touch_again(slots_N, step, score_S):
     """`touch` of slots that may repeat, all in use; returns how many distinct ones there are."""
     distinct = 0
     for n in range(slots_N.shape[0]):
+        if n + AHEAD < slots_N.shape[0]:
+            prefetch_item(score_S, slots_N[n + AHEAD])
         slot = slots_N[n]
         distinct += score_S[slot] != step
         score_S[slot] = step

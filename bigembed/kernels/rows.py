@@ -6,7 +6,9 @@ values_SE are the rows in slots, past_PE the rows served past the cache; slot S 
 import numba as nb
 
 from bigembed.kernels.bare import BARE
-from bigembed.kernels.prefetch import ROWS_AHEAD, prefetch_row
+from bigembed.kernels.prefetch import ROWS_AHEAD, prefetch_item, prefetch_row
+
+FLAGS_AHEAD = 32
 
 
 @nb.njit(**BARE)
@@ -65,6 +67,8 @@ def set_flags(start, stop, flags_S, slots_M, value):
     slots = flags_S.shape[0]
     changed = 0
     for m in range(start, stop):
+        if m + FLAGS_AHEAD < stop:
+            prefetch_item(flags_S, slots_M[m + FLAGS_AHEAD])
         slot = slots_M[m]
         if 0 <= slot < slots:  # nothing that a processor would have to guess
             changed += flags_S[slot] != value
