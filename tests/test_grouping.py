@@ -145,5 +145,6 @@ def test_owners_cover_every_block_once_and_share_the_work():
             assert edges.size == owners + 1
             assert (np.diff(edges) >= 0).all()
             if blocks == 50:
-                ends = starts_U1[np.minimum(edges * BLOCK_ROWS, num_unique)]
-                assert np.diff(ends).max() <= counts.sum() / owners + 2 * 20 * BLOCK_ROWS
+                rows = np.minimum(edges * BLOCK_ROWS, num_unique)
+                work = np.diff(starts_U1[rows] + grouping.ROW_WORK * rows)
+                assert work.max() <= work.sum() / owners + 2 * (20 + grouping.ROW_WORK) * BLOCK_ROWS

@@ -10,6 +10,7 @@ from bigembed.kernels.prefetch import ROWS_AHEAD, prefetch_row
 
 GRAIN_VALUES = 1 << 17  # gradient values (512 KiB) below which another thread is not worth its dispatch
 BLOCK_ROWS = 64  # rows whose squares are added together, fixed so that no bit depends on the threads
+ROW_WORK = 2  # positions that take as long as what a row takes beside its own: its sum written, and squared
 NONE_I = np.empty(0, np.int64)
 NONE_F = np.empty(0, np.float32)
 
@@ -112,11 +113,13 @@ def square_by_block(sums_UD: np.ndarray) -> np.ndarray:
 
 
 def _edges_of_equal_work(starts_U1: np.ndarray, owners: int) -> np.ndarray:
-    """owners + 1 edges that cut the blocks into ranges of about equally many positions (hot rows come first)."""
+    """owners + 1 edges that cut the blocks into ranges of about equal work (rows of many positions come first)."""
+    num_unique = starts_U1.size - 1
+    ends = np.arange(BLOCK_ROWS, num_unique, BLOCK_ROWS)  # of every block but the last, in rows
     edges = np.zeros(owners + 1, np.int64)
-    targets = np.arange(1, owners) * int(starts_U1[-1]) // owners
-    edges[1:-1] = np.searchsorted(starts_U1[BLOCK_ROWS:-1:BLOCK_ROWS], targets) + 1
-    edges[-1] = -(-(starts_U1.size - 1) // BLOCK_ROWS)
+    targets = np.arange(1, owners) * (int(starts_U1[-1]) + ROW_WORK * num_unique) // owners
+    edges[1:-1] = np.searchsorted(starts_U1[ends] + ROW_WORK * ends, targets) + 1
+    edges[-1] = -(-num_unique // BLOCK_ROWS)
     return np.minimum(edges, edges[-1])
 
 
