@@ -29,7 +29,7 @@ def check_keys(spec: TableSpec) -> np.ndarray:
 def record_check(row, words_W, keys_W):
     """The check of a record whose first W - 1 words are given; never 0."""
     total = np.uint64(0)
-    for w in range(keys_W.shape[0] - 1):
+    for w in range(keys_W.shape[0] - 1):  # in vectors as it is; in halves of 32 bits it was 1.6 times as slow
         total += keys_W[w] * np.uint64(words_W[w])
     return check_of_sum(row, total, keys_W)
 
