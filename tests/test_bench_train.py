@@ -277,6 +277,7 @@ def test_report_says_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_report_of_training(tmp_path: Path, trained: dict[str, Any]) -> None:
+    pytest.importorskip("matplotlib")
     bars = [bar("one work", 3.0, 2.5), bar("other work", 1.3, 1.2, "most")]
     cases = [case_of(4, "zipf", 2.5, 0.7, 3), {**case_of(8, "uniform", 2.0, 0.7, 3), "bigembed": {"failed": -9}}]
     cases[1]["times_faster"] = 0.0
@@ -296,6 +297,7 @@ def test_report_of_training(tmp_path: Path, trained: dict[str, Any]) -> None:
 
 
 def test_report_of_gathers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     way = {"rows_per_second": 70_000.0, "of_limit": 0.97, "ids": 256, "is_ours": True}
     ways = {"Table.read": way, "np.memmap": {**way, "rows_per_second": 700.0, "of_limit": 0.01, "is_ours": False}}
     case = {"kind": "cold", "distribution": "uniform", "row_bytes": 512, "ids": 256, "ways": ways}
@@ -308,6 +310,7 @@ def test_report_of_gathers(tmp_path: Path) -> None:
 
 
 def test_report_of_memory(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     mib, parts = 1 << 20, dict.fromkeys(memory.PARTS, 1 << 20)
     ours = {"peak": 500 * mib, "steady": {"rss": 480 * mib, "anonymous": 400 * mib, "file": 80 * mib, "shared": 0}}
     ours |= {"imported": {"rss": 280 * mib}, "parts": parts, "page_cache_bytes": 0, "disk_bytes": 7 * mib}
