@@ -147,7 +147,8 @@ class Table(OpenTable):
         Args:
             rows: integers 0 <= row < V, any shape, may repeat.
             with_state: give the K state columns too.
-            check: False takes records as they are where the table is mapped (`reader`): faster, and damage is data.
+            check: False takes records as they are where the table is mapped (`reader`): faster, but damage is data
+                then, and beside a writer a row may be half old and half new.
             out: float32 of the shape returned, C-contiguous, to be filled instead of a new array.
 
         Returns:
