@@ -234,7 +234,7 @@ def test_slow_ways_get_fewer_ids() -> None:
     assert _ids_within(1.0, 3, run) == 3
 
 
-def test_bars_hold_the_figures_against_the_issue() -> None:
+def test_bars_compare_the_figures_with_their_limits() -> None:
     from gather_bars import bars
     from gather_ways import MAPPED, UNCHECKED
 

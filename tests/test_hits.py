@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from training import plain_twin, small_embedding, weights
+from training import plain_twin, small_embedding, small_table, weights
 
 import bigembed
 from bigembed import optim
@@ -184,3 +184,17 @@ def test_failed_passes_of_threads_that_have_ended_are_forgotten(tmp_path):
     emb(IDS).sum().backward()
     opt.step()
     assert emb.trainable.pending._incoming == {}
+
+
+def test_next_use_keeps_no_announcements_where_everything_fits(tmp_path):
+    """Nobody leaves such a cache, so its lookups are not compared with what was announced."""
+    for cache_rows in (None, 16):
+        table = small_table(tmp_path)
+        emb = bigembed.Embedding.open(table, cache_rows=cache_rows, policy="next_use")
+        loader = [torch.arange(4) + 4 * (turn % 3) for turn in range(30)]
+        with torch.no_grad():
+            for ids in bigembed.lookahead(loader, {emb: lambda ids: ids}):
+                assert torch.equal(emb(ids), weights(emb)[ids])
+        coming = emb.trainable.caches._coming
+        assert (coming is None) == (cache_rows is None)
+        assert coming is None or len(coming._announced) == 0

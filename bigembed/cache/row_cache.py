@@ -145,11 +145,12 @@ class RowCache:
         """
         if not self._expects_hits or self._unsaved is not None:
             return None
-        found = self.index.probe_hits(ids_N, self.step + 1)
+        self.step += 1  # before the index takes it for a row's last use, whatever comes between
+        found = self.index.probe_hits(ids_N, self.step)
         if found is None:
+            self.step -= 1
             self._expects_hits = False  # until a fetch finds all of its rows again
             return None
-        self.step += 1
         slots_N, hits = found
         self._hits += hits
         out_ND = torch.empty((ids_N.size, self.dim), dtype=torch.float32, device="cpu")

@@ -67,7 +67,9 @@ class CacheStack:
         self.rows = self._host_cache(
             self.staging, budget_bytes=budget_bytes, capacity_rows=options.cache_rows, policy=options.policy
         )
-        self._coming = ComingUses(self.rows.index) if options.policy == "next_use" else None
+        # Where everything fits nobody leaves, so nobody asks what comes.
+        chooses = options.policy == "next_use" and self.rows.num_slots < source.spec.num_rows
+        self._coming = ComingUses(self.rows.index) if chooses else None
 
     # -- rows of a batch ------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ Source: Kingma, Ba, "Adam", ICLR 2015; torch.optim.SparseAdam for what a row tha
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -33,7 +33,7 @@ class Adam(TableOptimizer):
     """
 
     rule = "adam"
-    device_rule = staticmethod(device_rules.adam)
+    device_rule: ClassVar[Callable[..., Any]] = staticmethod(device_rules.adam)
 
     def __init__(
         self,

@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from bigembed.errors import InvalidArgument
 from bigembed.kernels import decay
 from bigembed.optim import device_rules
-from bigembed.optim.hyperparameters import are_betas, at_least
-from bigembed.optim.optimizer import TableOptimizer
-from bigembed.spec import StateColumns
+from bigembed.optim.adam import Adam
 
 
-class AdamW(TableOptimizer):
+class AdamW(Adam):
     """A row with a gradient in every step goes, to float32 rounding, where torch.optim.AdamW takes it.
 
     w *= 1 - lr * weight_decay; m += (1 - b1)(g - m); v += (1 - b2)(g**2 - v);
@@ -49,19 +46,7 @@ class AdamW(TableOptimizer):
         maximize: bool = False,
         reset_state: bool = False,
     ) -> None:
-        facts = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(modules, facts, reset_state)
-
-    def _check(self, group: dict[str, Any]) -> None:
-        super()._check(group)
-        are_betas(group)
-        at_least(0.0, group, "weight_decay")
-        if not group["eps"] > 0.0:
-            raise InvalidArgument(f"eps must be above 0, not {group['eps']}.")
-
-    @classmethod
-    def state_columns(cls, dim: int, group: dict[str, Any]) -> tuple[StateColumns, ...]:
-        return StateColumns("exp_avg", dim), StateColumns("exp_avg_sq", dim)
+        super().__init__(modules, lr, betas, eps, weight_decay, maximize=maximize, reset_state=reset_state)
 
     def _kernel(self, group: dict[str, Any], step: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         lr = float(group["lr"])
