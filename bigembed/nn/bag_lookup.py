@@ -98,14 +98,21 @@ def differentiable_once(gradient: torch.Tensor, grad: torch.Tensor) -> torch.Ten
     return FirstDerivative.apply(gradient, grad) if torch.is_grad_enabled() and grad.requires_grad else gradient
 
 
+def max_gradient(
+    grad_BD: torch.Tensor, rows_U: np.ndarray, places_BD: np.ndarray, step: int, located: Located | None = None
+) -> RowGradient:
+    """The gradient of each row under max: that of the bags and columns in which it was the largest."""
+    sums_UD = np.zeros((len(rows_U), grad_BD.shape[1]), np.float32)
+    threads.run(kernels.sum_max_gradients, grad_BD.shape[1], grad_BD.numpy(), places_BD, sums_UD, grain=32)
+    return RowGradient(rows_U, sums_UD, step, located=located)
+
+
 def _row_gradient(ctx: Any, grad_BD: torch.Tensor, bag_N: np.ndarray) -> RowGradient:
     """The gradient of each row: the sum over its positions of factor times the bag's gradient, in their order."""
     located, step = ctx.located, ctx.ticket.step
     rows_U, places_BD = located.rows_U, ctx.reduction.places_BD
     if places_BD is not None:
-        sums_UD = np.zeros((len(rows_U), grad_BD.shape[1]), np.float32)
-        threads.run(kernels.sum_max_gradients, grad_BD.shape[1], grad_BD.numpy(), places_BD, sums_UD, grain=32)
-        return RowGradient(rows_U, sums_UD, step, located=located)
+        return max_gradient(grad_BD, rows_U, places_BD, step, located)
     given = grad_BD, rows_U, ctx.inverse_N, step
     weights = ctx.saved_tensors[0] if ctx.saved_tensors else None
     how = ctx.reduction.mode, ctx.scale_grad_by_freq

@@ -14,7 +14,7 @@ import torch
 from bigembed import threads
 from bigembed.kernels import bags as kernels
 from bigembed.kernels.grouping import group_by_row
-from bigembed.nn.bag_lookup import Reduction, bag_factors
+from bigembed.nn.bag_lookup import Reduction, bag_factors, max_gradient
 from bigembed.nn.bags import Bags, check_mode, checked_bags
 from bigembed.nn.graph_key import (
     GraphKey,
@@ -195,9 +195,7 @@ def _keep_bag_gradient(
     if needs_grad:
         step = oldest_step(trainable)
         if mode == "max":
-            sums_UD = np.zeros((len(rows_U), grad_BD.shape[1]), np.float32)
-            threads.run(kernels.sum_max_gradients, grad_BD.shape[1], grad_BD.numpy(), places.numpy(), sums_UD, grain=32)
-            gradient = RowGradient(rows_U, sums_UD, step)
+            gradient = max_gradient(grad_BD, rows_U, places.numpy(), step)
         else:
             factor_N = bag_factors(bags.starts_B1, bag_N, inverse_N, bags.factor_N, mode, by_frequency)
             gradient = RowGradient.summed(grad_BD, rows_U, inverse_N, step, source_N=bag_N, factor_N=factor_N)
